@@ -1,0 +1,38 @@
+# The first use of any target makes .venv; it needs Python 3.11 or newer, make and a network, and nothing else.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: demo test test-slow lint types format
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(PY) tools/demo.py
+
+test: $(READY)
+	$(PY) -m pytest -q
+
+test-slow: $(READY)
+	$(PY) -m pytest -q -m slow
+
+lint: $(READY)
+	$(PY) -m ruff check -q
+	$(PY) -m ruff format -q --check
+
+types: $(READY)
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff check -q --fix
+	$(PY) -m ruff format -q
+
+# The stamp is written last, so an interrupted set-up is taken up again by the next make.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is not one. Try: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up .venv: minutes the first time, most of them torch's download." >&2
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[demo,vit,test,dev]"
+	@touch $@

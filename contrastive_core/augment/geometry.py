@@ -1,0 +1,137 @@
+"""Geometry: where each output pixel is read from. One resampling however many transformations are composed.
+
+Coordinates are in pixels from the image's centre, x to the right and y down; a matrix maps an output position to
+the position it is read from. Bilinear, by torch's grid_sample: kornia's warp_affine inverts its matrices and builds
+the same grid in twice the time.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrastive_core.augment.rows import check_images, per_image
+
+
+def affine_matrix(
+    *,
+    angle: Tensor | float = 0.0,
+    shear_x: Tensor | float = 0.0,
+    shear_y: Tensor | float = 0.0,
+    shift_x: Tensor | float = 0.0,
+    shift_y: Tensor | float = 0.0,
+    scale: Tensor | float = 1.0,
+) -> Tensor:
+    """The matrices n 2 3 that read a picture turned, scaled, sheared and shifted about its centre.
+
+    Args:
+        angle: degrees, (n) or one for all; the picture turns counter-clockwise.
+        shear_x, shear_y: slopes; a row at y reads from x + shear_x y (PIL's and AutoAugment's sense, about the centre).
+        shift_x, shift_y: pixels by which the picture moves to the right and down.
+        scale: of the picture, > 0; 2 shows the centre twice as large.
+
+    Example: `affine_matrix(shift_x=torch.tensor([1.0]))` is [[[1, 0, -1], [0, 1, 0]]].
+    """
+    numbers = [torch.as_tensor(number) for number in (angle, shear_x, shear_y, shift_x, shift_y, scale)]
+    turn, slope_x, slope_y, right, down, size = torch.broadcast_tensors(*numbers)
+    cos, sin = torch.cos(torch.deg2rad(turn)) / size, torch.sin(torch.deg2rad(turn)) / size
+    # source = [[1, slope_x], [slope_y, 1]] @ [[cos, -sin], [sin, cos]] @ (output - shift)
+    a, b = cos + slope_x * sin, slope_x * cos - sin
+    c, d = slope_y * cos + sin, cos - slope_y * sin
+    rows = [torch.stack([a, b, -(a * right + b * down)], -1), torch.stack([c, d, -(c * right + d * down)], -1)]
+    return torch.stack(rows, -2).reshape(-1, 2, 3)
+
+
+def sampling_grid(images: Tensor, matrix: Tensor) -> Tensor:
+    """Where an affine map reads from, in grid_sample's coordinates, n h w 2; matrix n 2 3 in pixels from the centre."""
+    if matrix.shape != (len(images), 2, 3):
+        raise ValueError(f"expected matrices {len(images)} 2 3, one an image, got {tuple(matrix.shape)}")
+    h, w = images.shape[2:]
+    to_unit = torch.tensor([[1.0, h / w, 2 / w], [w / h, 1.0, 2 / h]])
+    theta = (matrix.cpu() * to_unit).to(images.device, images.dtype, non_blocking=True)
+    return F.affine_grid(theta, list(images.shape), align_corners=False)
+
+
+def resample(images: Tensor, grid: Tensor, fill: float | None = 0.0) -> Tensor:
+    """Bilinear values at grid n h w 2 (grid_sample's coordinates); outside lies `fill`, or the reflected picture."""
+    if fill is None:
+        return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    if fill == 0:
+        return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images - fill, grid, align_corners=False).add_(fill)
+
+
+def affine(images: Tensor, matrix: Tensor, fill: float | None = 0.0) -> Tensor:
+    """Images n c h w resampled through matrix n 2 3 (see `affine_matrix`); fill None reflects at the border.
+
+    Example: a square image through `affine_matrix(angle=torch.tensor([90.0]))` equals `torch.rot90(image, 1, (2, 3))`.
+    """
+    check_images(images)
+    return resample(images, sampling_grid(images, matrix), fill)
+
+
+def flip(images: Tensor) -> Tensor:
+    """Left and right swapped."""
+    return images.flip(3)
+
+
+def crop(images: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
+    """The size (rows, columns) window of each image whose upper left corner is at top (n), left (n).
+
+    A window that reaches over the border reads the nearest pixel; `crop` is one gather, with no loop over images.
+    """
+    check_images(images)
+    n, c, h, w = images.shape
+    y = (top[:, None] + torch.arange(size[0])).clamp_(0, h - 1)
+    x = (left[:, None] + torch.arange(size[1])).clamp_(0, w - 1)
+    pixels = (y[:, :, None] * w + x[:, None, :]).reshape(n, 1, -1).to(images.device, non_blocking=True)
+    return images.flatten(2).gather(2, pixels.expand(-1, c, -1)).reshape(n, c, *size)
+
+
+def resized_crop(images: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
+    """The box of each image, resized to size (rows, columns), bilinear and without antialiasing.
+
+    Args:
+        images: n c h w.
+        box: n 4, centre x, centre y, width, height, as shares of the image's width and height.
+
+    Example: the box (0.5, 0.5, 1, 1) at the image's own size is the identity.
+    """
+    check_images(images)
+    if box.shape != (len(images), 4):
+        raise ValueError(f"expected boxes {len(images)} 4, one an image, got {tuple(box.shape)}")
+    x, y, width, height = box.unbind(1)
+    zero = torch.zeros_like(x)
+    theta = torch.stack([width, zero, 2 * x - 1, zero, height, 2 * y - 1], dim=1).reshape(-1, 2, 3)
+    theta = theta.to(images.device, images.dtype, non_blocking=True)
+    grid = F.affine_grid(theta, [len(images), images.shape[1], *size], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def cut_out(images: Tensor, x: Tensor, y: Tensor, side: Tensor, fill: float = 0.0) -> Tensor:
+    """A square of `side` (n) as a share of the image's side, centred at x (n), y (n), shares too, set to fill.
+
+    A pixel is cut when its centre lies in the square; at the border the square is clipped, as in AutoAugment.
+    """
+    check_images(images)
+    h, w = images.shape[2:]
+    across = (torch.arange(w) + 0.5) / w
+    along = (torch.arange(h) + 0.5) / h
+    in_x = (across - x[:, None]).abs() < side[:, None] / 2
+    in_y = (along - y[:, None]).abs() < side[:, None] / 2
+    cut = (in_y[:, :, None] & in_x[:, None, :]).to(images.device, non_blocking=True)
+    return images.masked_fill(cut.unsqueeze(1), fill)
+
+
+def shift_window(images: Tensor, top: Tensor, left: Tensor, size: tuple[int, int], fill: float = 0.0) -> Tensor:
+    """The size (rows, columns) window at top (n), left (n), put at the centre of an image that is fill elsewhere."""
+    window = crop(images, top, left, size)
+    h, w = images.shape[2:]
+    before_y, before_x = (h - size[0]) // 2, (w - size[1]) // 2
+    return F.pad(window, (before_x, w - size[1] - before_x, before_y, h - size[0] - before_y), value=fill)
+
+
+def mix(images: Tensor, others: Tensor, weight: Tensor) -> Tensor:
+    """(1 - weight) images + weight others, weight (n) in 0 .. 1."""
+    return torch.lerp(images, others, per_image(weight, images))

@@ -1,0 +1,216 @@
+"""Which images make up which batch, and how they get there.
+
+The order of samples is a pure function of (seed, epoch) and the global batch one of (seed, step), so the state of
+the sampler is the step: a run resumes exactly, and does the same on one process or on several. Each process takes
+its slice of the global batch; no loader is handed to accelerate to prepare, whose sharding would make the batch
+size count per process and repeat samples to even out.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from contrastive_core.data.images import ImageDataset, Sample
+from contrastive_core.randomness import Randomness
+
+logger = logging.getLogger(__name__)
+
+
+class LoadedBatch(NamedTuple):
+    """Images of one micro-batch, on the CPU.
+
+    images: `b 3 s s` uint8; labels: `b` int64, -1 = unlabelled; indices: `b` int64, into the data set;
+    places: `b` int64, where each stands in the global batch (the address of its random numbers);
+    faults: the name and reason of each image that could not be decoded, often empty.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    places: Tensor
+    faults: list[str]
+
+
+@functools.lru_cache(maxsize=2)  # a step asks for its epoch's order again
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    keys = Randomness(seed, epoch, torch.arange(count)).integers("sample order", 1 << 62)
+    return keys.argsort(stable=True)
+
+
+def sample_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits the images: a permutation of 0 .. count - 1, `count` int64.
+
+    The images are sorted by a random number each, drawn as `Randomness(seed, epoch, image)`: the same on every
+    machine and in every version of torch.
+
+    Example: `sample_order(1, seed, epoch)` is `[0]`.
+    """
+    return _order(count, seed, epoch).clone()
+
+
+def batch_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The global batch of optimizer step `step`, counted from 0: `batch_size` int64 indices, all different.
+
+    Each epoch of count // batch_size steps is a new permutation. The images left over are dropped (another epoch
+    has others): filling up the last batch would repeat images, each the false negative of its copy.
+
+    Raises ValueError when the batch is larger than the data set.
+
+    Example: with count = batch_size = 4, every step holds 0, 1, 2 and 3 in some order.
+    """
+    if not 1 <= batch_size <= count:
+        raise ValueError(f"batch_size {batch_size} for {count} images: pass 1 to {count}")
+    epoch, place = divmod(step, count // batch_size)
+    return _order(count, seed, epoch)[place * batch_size :][:batch_size].clone()
+
+
+def training_batches(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    steps: int,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+    workers: int = 0,
+) -> Iterator[list[LoadedBatch]]:
+    """One list of `accumulate` micro-batches per optimizer step, from step `start` up to, not including, `steps`.
+
+    Args:
+        dataset: the images; a cached one is indexed directly and needs no workers.
+        batch_size: images per optimizer step over all processes and micro-batches.
+        rank, world: this process, and how many there are. Its micro-batch a holds the places
+            [(a * world + rank) * m, + m) of the global batch, m = batch_size / (world * accumulate).
+        workers: processes that decode ahead; 0 = decode in this one. The batches are the same.
+
+    An image that cannot be decoded is replaced by the next one that can, and named in `faults`.
+
+    Raises ValueError, before the first batch, when the sizes do not fit.
+
+    Example: the places of a step, put together over ranks and micro-batches, are 0 .. batch_size - 1.
+    """
+    batch_indices(len(dataset), batch_size, seed, 0)  # complains about a batch larger than the data set
+    if batch_size % (world * accumulate):
+        raise ValueError(
+            f"batch_size {batch_size} does not split evenly over {world} processes x {accumulate} micro-batches: "
+            f"pass a multiple of {world * accumulate}"
+        )
+    if not (0 <= rank < world and 0 <= start <= steps and workers >= 0):
+        raise ValueError(f"rank {rank} of {world}, steps {start} to {steps}, {workers} workers: not a run")
+    size = batch_size // (world * accumulate)
+    places = [torch.arange(size) + (a * world + rank) * size for a in range(accumulate)]
+    indices = (
+        batch_indices(len(dataset), batch_size, seed, step)[mine] for step in range(start, steps) for mine in places
+    )
+    return _steps(_load(dataset, indices, workers), places)
+
+
+def _steps(batches: Iterator[LoadedBatch], places: list[Tensor]) -> Iterator[list[LoadedBatch]]:
+    step: list[LoadedBatch] = []
+    for batch in batches:
+        step.append(batch._replace(places=places[len(step)]))
+        if len(step) == len(places):
+            yield step
+            step = []
+
+
+def evaluation_batches(dataset: ImageDataset, *, batch_size: int, workers: int = 0) -> Iterator[LoadedBatch]:
+    """Every image once, in order; those that cannot be decoded are left out and named in `faults`.
+
+    `places` equals `indices`. A batch may be smaller than `batch_size`, and empty.
+    """
+    order = torch.arange(len(dataset)).split(batch_size)
+    for wanted, batch in zip(order, _load(dataset, iter(order), workers), strict=True):
+        decodable = batch.indices == wanted  # a stand-in has another index: its image has its own turn
+        yield LoadedBatch(*(part[decodable] for part in batch[:3]), batch.indices[decodable], batch.faults)
+
+
+def _load(dataset: ImageDataset, indices: Iterator[Tensor], workers: int) -> Iterator[LoadedBatch]:
+    if dataset.pixels is not None:
+        return (_index(dataset, dataset.pixels, chosen) for chosen in indices)
+    if workers == 0:
+        return (_stack([dataset[i] for i in chosen.tolist()]) for chosen in indices)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_Lists(indices),  # type: ignore[arg-type]
+        num_workers=workers,  # torch gives each worker one thread
+        collate_fn=_stack,
+        generator=torch.Generator(),  # else the loader draws from the global one, and workers=0 does not
+    )
+    return iter(loader)
+
+
+class _Lists:
+    """Index lists on demand: a run's worth at once would be steps x batch_size integers."""
+
+    def __init__(self, indices: Iterable[Tensor]) -> None:
+        self.indices = indices
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (chosen.tolist() for chosen in self.indices)
+
+
+def _index(dataset: ImageDataset, pixels: Tensor, chosen: Tensor) -> LoadedBatch:
+    faults = [dataset.faults[i] for i in chosen.tolist() if i in dataset.faults] if dataset.faults else []
+    indices = dataset.stand_ins(chosen)
+    return LoadedBatch(pixels[indices], dataset.labels[indices], indices, indices, faults)
+
+
+def _stack(samples: list[Sample]) -> LoadedBatch:
+    indices = torch.tensor([sample.index for sample in samples])
+    return LoadedBatch(
+        images=torch.stack([sample.image for sample in samples]),
+        labels=torch.tensor([sample.label for sample in samples]),
+        indices=indices,
+        places=indices,
+        faults=[sample.fault for sample in samples if sample.fault],
+    )
+
+
+class TooManyBadImages(RuntimeError):
+    """More of the images cannot be decoded than the run accepts."""
+
+
+class BadImages:
+    """Counts the images that could not be decoded, names each once in the log, and stops above a share.
+
+    Args:
+        limit_share: the share of the images seen that may be bad, 0 to 1.
+        grace: the share is taken of at least this many images, so that one bad image among the first ten does not
+            stop a run: at 1 % and 1,000, the eleventh bad image among the first thousand does.
+
+    An image seen in two epochs counts twice, in both numbers. Each process counts its own.
+
+    Example: `BadImages(0.5, grace=2)` accepts `count(["a: empty"], seen=2)`, and raises TooManyBadImages at the next
+    `count(["b: empty", "c: empty"], seen=2)`: 3 of 4.
+    """
+
+    def __init__(self, limit_share: float = 0.01, *, grace: int = 1000) -> None:
+        if not 0 <= limit_share <= 1:
+            raise ValueError(f"limit_share {limit_share}: pass a share from 0 to 1")
+        self.limit_share, self.grace = limit_share, grace
+        self.bad = self.seen = 0
+        self._named: set[str] = set()
+
+    def count(self, faults: list[str], seen: int) -> None:
+        """Adds `seen` images, of which `faults` could not be decoded."""
+        self.seen += seen
+        self.bad += len(faults)
+        for fault in faults:
+            if fault not in self._named:
+                self._named.add(fault)
+                logger.warning("bad image left out: %s", fault)
+        if self.bad > self.limit_share * max(self.seen, self.grace):
+            raise TooManyBadImages(
+                f"{self.bad} of {self.seen} images seen cannot be decoded, more than the accepted {self.limit_share:.2%} "
+                f"(the last: {faults[-1] if faults else 'none'}): mend the data or raise the limit"
+            )

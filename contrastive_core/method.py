@@ -1,0 +1,38 @@
+"""The whole plug-in contract: what a method gets, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a method sees of one micro-batch.
+
+    views: augmented versions of the same images, each `b c h w` (CPC: one, a patch grid `b rows cols c ph pw`).
+    indices: `b` int64, each image's place in its data set (a memory bank's row).
+    labels: `b` int64, -1 = not labelled; only supervised methods look.
+    """
+
+    views: tuple[Tensor, ...]
+    indices: Tensor
+    labels: Tensor
+
+
+class Method(nn.Module):
+    """A pre-training method: the one class to inherit from.
+
+    A subclass is final. It takes its pieces in its constructor, keeps the encoder that is worth exporting as
+    `self.encoder`, and writes `forward`; `after_step` only if something is updated once an optimizer step.
+    """
+
+    encoder: nn.Module
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar loss to minimise, and detached scalars to log."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its loss is")
+
+    def after_step(self, progress: float) -> None:
+        """Called once after every optimizer step; progress in 0..1 is the share of the steps done."""

@@ -1,0 +1,67 @@
+"""What a run tells while it goes: a progress bar, TensorBoard, and `metrics.jsonl`, a JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`, in order; an unfinished last line is left out."""
+    file = Path(run_dir) / "metrics.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"no metrics.jsonl in {run_dir}: pass the folder of a run")
+    lines = file.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class RunLog:
+    """Writes the rows of one run; opened again at `start`, it first cuts the rows that came after.
+
+    Args:
+        run_dir: the run's folder. start, steps: optimizer steps done, and in all.
+
+    Use it as a context manager on the main process.
+    """
+
+    def __init__(self, run_dir: Path, *, start: int, steps: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        file = run_dir / "metrics.jsonl"
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= start] if file.is_file() else []
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = file.open("a")
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+        self._file.close()
+        self._tensorboard.close()
+
+    def advance(self) -> None:
+        """One more optimizer step is done."""
+        self._bar.update()
+
+    def write(self, row: dict[str, float]) -> None:
+        """Write a row; `step` is an int, the rest are numbers."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._tensorboard.add_scalar(name, value, int(row["step"]))
+        if "loss" in row:
+            self._bar.set_postfix_str(
+                f"loss {row['loss']:.3f} (chance {row.get('chance_loss', float('nan')):.3f}), "
+                f"{row.get('images_per_second', float('nan')):.0f} images/s"
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self._bar.write(text)

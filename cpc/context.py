@@ -1,0 +1,78 @@
+"""The context network, and turning the grid for the four directions.
+
+The network reads the latent grid downward: the context of a cell summarises its own row and the rows above, never
+those below (Henaff et al. 2020, appendix, "CPC" pseudo-code). For the other three directions the grid is turned,
+not the network.
+"""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DIRECTIONS = ("down", "up", "right", "left")
+
+
+def turn(grid: Tensor, direction: str) -> Tensor:
+    """Turn `b rows cols ...` so that reading it downward reads the original in `direction`.
+
+    down = as it is, up = rows flipped, right = transposed, left = columns flipped, then transposed.
+    Raises ValueError for another word. Example: `turn(grid, "up")[:, 0]` is the last row of `grid`.
+    """
+    if direction == "down":
+        return grid
+    if direction == "up":
+        return grid.flip(1)
+    if direction == "right":
+        return grid.transpose(1, 2)
+    if direction == "left":
+        return grid.flip(2).transpose(1, 2)
+    raise ValueError(f"direction {direction!r} is not one of {', '.join(DIRECTIONS)}")
+
+
+def turn_back(grid: Tensor, direction: str) -> Tensor:
+    """The inverse of `turn`. Example: `turn_back(turn(grid, "left"), "left")` equals `grid`."""
+    return turn(grid, "left").flip(1, 2) if direction == "left" else turn(grid, direction)
+
+
+class ContextBlock(nn.Module):
+    """One residual block of the pseudo-code, on `b d rows cols`.
+
+    1x1 (dim to width), ReLU; 1x3, no ReLU; one row of zeros on top, 2x1, ReLU; 1x1 (width to dim); add.
+    """
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.shrink = nn.Conv2d(dim, width, 1)
+        self.across = nn.Conv2d(width, width, (1, 3), padding=(0, 1))
+        self.down = nn.Conv2d(width, width, (2, 1))
+        self.grow = nn.Conv2d(width, dim, 1)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        hidden = self.across(F.relu(self.shrink(grid)))
+        hidden = F.relu(self.down(F.pad(hidden, (0, 0, 1, 0))))
+        return grid + self.grow(hidden)
+
+
+class ContextNetwork(nn.Module):
+    """The masked-convolution context network, reading downward: `b rows cols d` -> `b rows cols d`.
+
+    Args:
+        dim: d, the width of the latents and of the context.
+        width: channels inside the residual blocks (256 in the paper, beside 4096-dimensional latents).
+        layers: residual blocks (5 in the paper), each of which sees one row further up and one column further
+            to both sides: the context of (row, col) depends on rows row - layers .. row and
+            columns col - layers .. col + layers.
+
+    The last ReLU stands after the loop over blocks, as in most transcriptions of the pseudo-code (one has it
+    inside). There is no normalisation.
+    """
+
+    def __init__(self, dim: int, width: int = 256, layers: int = 5) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(ContextBlock(dim, width) for _ in range(layers)))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        grid = rearrange(latents, "b rows cols d -> b d rows cols")
+        return rearrange(F.relu(self.blocks(grid)), "b d rows cols -> b rows cols d")

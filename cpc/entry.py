@@ -1,0 +1,116 @@
+"""What the command-line entry points share: hydra, one-line errors, and starting accelerate.
+
+Hydra stays here and in the entry points; everything below takes tensors, numbers and objects.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from contrastive_core.data import TooManyBadImages, UndecodableImage
+from cpc.configs import config_folder
+from cpc.prediction import first_disjoint_offset
+
+# what a user can mend: told in one line, without a traceback
+_USER_ERRORS = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    TooManyBadImages,
+    UndecodableImage,
+    OmegaConfBaseException,
+)
+
+
+def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type) -> Callable[[], None]:
+    """A `main()` that composes configs/`config_name`.yaml with the command line and hands it to `job`.
+
+    Args:
+        config_name: the YAML file, whose defaults list begins with `SCHEMA_schema`, SCHEMA the part of config_name
+            before the first underscore.
+        job: gets the composed configuration.
+        schema: a dataclass with the types of the top-level keys.
+
+    A mistake of the user ends in one line on stderr and exit code 2.
+    """
+    OmegaConf.register_new_resolver("ceil_divide", first_disjoint_offset, replace=True)
+    ConfigStore.instance().store(f"{config_name.split('_')[0]}_schema", schema)
+
+    def run(cfg: DictConfig) -> None:
+        try:
+            job(cfg)
+        except _USER_ERRORS as error:
+            sys.exit(_one_line(error))
+
+    entry: Callable[[], None] = hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(run)
+    return entry
+
+
+def _one_line(error: BaseException) -> int:
+    text = " ".join(str(error).split())
+    print(f"error: {text or type(error).__name__}", file=sys.stderr)
+    return 2
+
+
+def build(node: Any, **arguments: Any) -> Any:
+    """`hydra.utils.instantiate`, with lists as lists, raising what the constructor raised."""
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        cause = error.__cause__
+        raise (cause if isinstance(cause, Exception) else ValueError(str(error))) from None
+
+
+def check_complete(cfg: DictConfig) -> None:
+    """Raise ValueError that names the keys still to be given."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"not given: {', '.join(missing)}; pass them as {missing[0]}=VALUE, or an experiment=NAME")
+
+
+def start_accelerator(cfg: DictConfig) -> Accelerator:
+    """Accelerate on CUDA where there is one and `device` does not say cpu, with `threads` CPU threads a process.
+
+    Raises ValueError for fp16 without CUDA and for processes that did not find each other.
+    """
+    if cfg.precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"precision={cfg.precision}: pass no, bf16 or fp16")
+    if cfg.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device={cfg.device}: pass cpu or cuda")
+    cpu = cfg.device == "cpu" or not torch.cuda.is_available()
+    if cpu and cfg.device == "cuda":
+        raise ValueError("device=cuda, but torch finds no CUDA: pass device=cpu")
+    if cpu and cfg.precision == "fp16":
+        raise ValueError("precision=fp16 needs CUDA: pass precision=bf16 or precision=no")
+
+    # accelerate exports OMP_NUM_THREADS=1, which would leave all cores but one idle
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(cfg.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
+
+    # buffers are each process's own, or equal by construction: DDP must not overwrite them from rank 0
+    distributed = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=cfg.precision,
+        gradient_accumulation_steps=cfg.accumulate,
+        kwargs_handlers=[distributed],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != expected:
+        raise ValueError(
+            f"{expected} processes were launched but {accelerator.num_processes} found each other: on a CPU use "
+            f"accelerate launch --multi_gpu --num_processes {expected} ... device=cpu"
+        )
+    return accelerator

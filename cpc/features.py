@@ -1,0 +1,131 @@
+"""An encoder as its users want it: images in [0, 1] in, features out; and how it is written down and read back.
+
+Patch geometry and normalisation travel with the weights in `encoder.json`, so that nobody has to remember them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as vision
+
+import contrastive_core.encoders
+import cpc.encoders
+from cpc.patches import extract_patches
+from cpc.views import normalise
+
+READOUTS = ("mean", "grid")
+MODES = ("patches", "image")
+
+
+class FrozenEncoder(nn.Module):
+    """Features of images `b 3 h w` in [0, 1]; another size is resized on its short side and cropped at the centre.
+
+    Args:
+        encoder: as pre-training left it.
+        image_size: pixels a side that it is fed.
+        patch_size, stride: the grid it was trained on; None for an encoder of whole images.
+        mean, std: normalisation.
+        mode: "patches" encodes every patch of the grid; "image" runs the encoder over the whole image.
+        readout: "mean" gives `b d`, "grid" gives `b rows cols d` (patch grid, or the encoder's feature map).
+
+    `readout` and `mode` are plain attributes and may be changed at any time.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        patch_size: int | None = None,
+        stride: int | None = None,
+        mode: str | None = None,
+        readout: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.dim: int = encoder.dim  # type: ignore[assignment]  # nn.Module types attributes as Tensor | Module
+        self.image_size, self.patch_size, self.stride = image_size, patch_size, stride
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.mode = mode or ("patches" if patch_size else "image")
+        self.readout = readout
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._check(images)
+        images = normalise(self._fit(images), self.mean, self.std)
+        if self.mode == "patches":
+            patches = extract_patches(images, self.patch_size or 0, self.stride or 0)
+            features = self.encoder(rearrange(patches, "b rows cols c ph pw -> (b rows cols) c ph pw"))
+            grid = rearrange(features, "(b rows cols) d -> b rows cols d", rows=patches.shape[1], cols=patches.shape[2])
+            return grid if self.readout == "grid" else grid.mean((1, 2))
+        if self.readout == "grid":
+            return rearrange(self.encoder.feature_map(images), "b d rows cols -> b rows cols d")  # type: ignore[operator]
+        features: Tensor = self.encoder(images)
+        return features
+
+    def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images have shape {tuple(images.shape)} and dtype {images.dtype}: pass floats b 3 h w in [0, 1]"
+            )
+        if self.mode not in MODES or self.readout not in READOUTS:
+            raise ValueError(f"mode={self.mode!r}, readout={self.readout!r}: pass one of {MODES} and one of {READOUTS}")
+        if self.mode == "patches" and not self.patch_size:
+            raise ValueError('this encoder was trained on whole images and has no patch grid: pass mode="image"')
+
+    def _fit(self, images: Tensor) -> Tensor:
+        size = self.image_size
+        if images.shape[-2:] == (size, size):
+            return images
+        return vision.center_crop(vision.resize(images, [size], antialias=True).clamp(0, 1), [size, size])
+
+
+def constructors() -> dict[str, Callable[..., nn.Module]]:
+    """The encoders that an `encoder.json` may name: no other code is ever called on a file's say-so."""
+    modules = (cpc.encoders, contrastive_core.encoders)
+    return {f"{module.__name__}.{name}": getattr(module, name) for module in modules for name in module.ENCODERS}
+
+
+def build_encoder(architecture: dict[str, Any]) -> nn.Module:
+    """The encoder of a card's `architecture`: {"name": "cpc.encoders.resnet_small", "arguments": {"width": 32}}."""
+    known = constructors()
+    if architecture["name"] not in known:
+        raise ValueError(f"encoder {architecture['name']!r} is not one of {', '.join(sorted(known))}")
+    return known[architecture["name"]](**architecture["arguments"])
+
+
+def load_encoder(path: str | Path, *, readout: str = "mean", mode: str | None = None) -> FrozenEncoder:
+    """Read a run's encoder back, ready for use.
+
+    Args:
+        path: the run's folder, or its `encoder.safetensors`; `encoder.json` must stand beside it.
+        readout: "mean" -> features `b d`; "grid" -> `b rows cols d`.
+        mode: "patches" (the default where the encoder was trained on patches) or "image".
+
+    Returns an `nn.Module` in eval mode: images `b 3 h w` in [0, 1] of any size -> features.
+
+    Raises FileNotFoundError where a file is missing, ValueError where the card names an unknown encoder.
+
+    Example:
+        encoder = cpc.load_encoder("runs/mnist5k-...")
+        features = encoder(images)
+    """
+    folder = Path(path)
+    folder = folder if folder.is_dir() else folder.parent
+    for name in ("encoder.json", "encoder.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {folder}: pass the folder of a run that has finished")
+    card = json.loads((folder / "encoder.json").read_text())
+    encoder = build_encoder(card["architecture"])
+    encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+    frozen = FrozenEncoder(encoder.to(memory_format=torch.channels_last), **card["input"], mode=mode, readout=readout)
+    return frozen.eval().requires_grad_(False)

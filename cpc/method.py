@@ -1,0 +1,94 @@
+"""CPC v2: predict the patches ahead from the patches behind, in four directions (Henaff et al. 2020, section 3.1).
+
+    z = encoder(patch)                   for every patch of every image
+    c = context(z read in a direction)   a cell sees its own row and those behind it
+    prediction = W_k c                   of the cell k ahead
+    L = -log softmax_over_all_cells_of_all_images(prediction . target / T)[the cell k ahead]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from contrastive_core.gather import all_gather, first_row
+from contrastive_core.losses import info_nce
+from contrastive_core.method import Batch, Method
+from contrastive_core.metrics import contrast_accuracy, feature_std
+from cpc.context import DIRECTIONS, ContextNetwork, turn
+from cpc.prediction import PredictionHeads, check_offsets, positive_cells
+
+
+class CPC(Method):
+    """Contrastive predictive coding on patch grids.
+
+    Args:
+        encoder: `b c h w` -> `b d`, with an int attribute `dim`; it sees every patch by itself.
+        offsets: how many cells ahead to predict; every offset has its own head. The paper's is 3, the first that
+            shares no pixel with the context cell (`cpc.prediction.first_disjoint_offset`).
+        directions: ways of reading the grid; each has its own context network and heads.
+        target_dim: dimension of predictions and targets (64 in the paper's pseudo-code).
+        context: `context(dim)` builds a network that reads downward, `b rows cols d -> b rows cols d`.
+        share_context: one context network for all directions (the paper's are separate as far as known).
+        loss: `loss(queries, keys, positive, gather=False) -> scalar`; temperature 10 is the paper's scale of 0.1.
+
+    The view of a batch is a patch grid `b rows cols c ph pw`. Every position of every image in the global batch is a
+    candidate; none is sampled, none is left out.
+
+    Differs from the pseudo-code: losses are averaged over offsets and directions (there: summed), so that chance is
+    log(candidates); the target projection has no bias, which adds the same to all logits of a row and so has no
+    gradient but, through Adam, a drift; it is shared by the directions (there: unstated).
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        offsets: Sequence[int],
+        directions: Sequence[str] = DIRECTIONS,
+        target_dim: int = 64,
+        context: Callable[[int], nn.Module] = ContextNetwork,
+        share_context: bool = False,
+        loss: Callable[..., Tensor] = partial(info_nce, temperature=10.0),
+    ) -> None:
+        super().__init__()
+        dim: int = encoder.dim  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
+        self.encoder = encoder
+        self.offsets, self.directions, self.loss = tuple(offsets), tuple(directions), loss
+        self.context_of = {d: "shared" if share_context else d for d in directions}
+        self.contexts = nn.ModuleDict({name: context(dim) for name in dict.fromkeys(self.context_of.values())})
+        self.heads = nn.ModuleDict({d: PredictionHeads(dim, target_dim, offsets) for d in directions})
+        self.target_projection = nn.Linear(dim, target_dim, bias=False)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        (patches,) = batch.views
+        images, rows, cols = patches.shape[:3]
+        check_offsets(self.offsets, rows, cols)
+        features = self.encoder(rearrange(patches, "b rows cols c ph pw -> (b rows cols) c ph pw"))
+        latents = rearrange(features, "(b rows cols) d -> b rows cols d", rows=rows, cols=cols)
+        loss, metrics = self.contrast(latents)
+        metrics["feature_std"] = feature_std(latents.detach().mean((1, 2)))
+        return loss, metrics
+
+    def contrast(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its metrics from latents `b rows cols d`: the paper's pseudo-code."""
+        images, rows, cols, _ = latents.shape
+        local = rearrange(self.target_projection(latents), "b rows cols d -> (b rows cols) d")
+        targets = all_gather(local)
+        losses, metrics = [], {}
+        for direction in self.directions:
+            context = self.contexts[self.context_of[direction]](turn(latents, direction))
+            for offset in self.offsets:
+                predictions = self.heads[direction](context, offset)
+                positive = positive_cells(images, rows, cols, offset, direction) + first_row(len(local))
+                positive = positive.to(latents.device, non_blocking=True)
+                losses.append(self.loss(predictions, targets, positive, gather=False))
+                metrics[f"accuracy/{direction}_{offset}"] = contrast_accuracy(predictions, targets, positive)
+        metrics["accuracy"] = torch.stack(list(metrics.values())).mean()
+        metrics["chance_loss"] = torch.tensor(math.log(len(targets)))
+        return torch.stack(losses).mean(), metrics

@@ -1,0 +1,67 @@
+"""From offsets to pairs of context cell and target cell.
+
+Everything is said on a grid that was turned so that the direction reads downward (`cpc.context.turn`). An offset of
+k pairs the context at (row, col) with the target at (row + k, col); the last k rows have nothing to predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from cpc.context import turn
+
+
+def first_disjoint_offset(size: int, stride: int) -> int:
+    """The first offset whose patch shares no pixel with the context cell's: ceil(size / stride).
+
+    Example: `first_disjoint_offset(80, 36) == 3`, what the paper's pseudo-code predicts (i = 2, offset i + 1).
+    """
+    return -(-size // stride)
+
+
+def check_offsets(offsets: Sequence[int], rows: int, cols: int) -> None:
+    """Raise ValueError unless every offset is at least 1 and leaves a row (and a column) to predict from."""
+    side = min(rows, cols)
+    if not offsets:
+        raise ValueError("offsets is empty: pass at least one, e.g. offsets=[3]")
+    for offset in offsets:
+        if offset < 1:
+            raise ValueError(f"offset {offset} predicts nothing ahead: pass offsets of at least 1")
+        if offset >= side:
+            raise ValueError(
+                f"offset {offset} needs at least {offset + 1} rows and columns, the grid has {rows}x{cols}: "
+                f"lower `offsets` or the stride"
+            )
+
+
+def positive_cells(images: int, rows: int, cols: int, offset: int, direction: str) -> Tensor:
+    """For each prediction, the index of its target among the `(b rows cols)` flattened, unturned targets.
+
+    Returns `n` int64 with n = b (rows - offset) cols on the turned grid, in the order of
+    `turn(context, direction)[:, :-offset]` flattened. It turns the grid of indices as the latents are turned, so
+    that the two cannot disagree.
+
+    Example: `positive_cells(1, 3, 2, 1, "down")` is [2, 3, 4, 5].
+    """
+    cells = rearrange(torch.arange(images * rows * cols), "(b rows cols) -> b rows cols", rows=rows, cols=cols)
+    return rearrange(turn(cells, direction)[:, offset:], "b rows cols -> (b rows cols)")
+
+
+class PredictionHeads(nn.Module):
+    """A linear map (the paper's 1x1 convolution) from context to target space for each offset.
+
+    `forward(context: b rows cols d, offset)` on a turned grid -> predictions `n d'` of the cells `offset` rows ahead,
+    n = b (rows - offset) cols.
+    """
+
+    def __init__(self, dim: int, target_dim: int, offsets: Sequence[int]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({str(offset): nn.Linear(dim, target_dim) for offset in offsets})
+
+    def forward(self, context: Tensor, offset: int) -> Tensor:
+        behind = context[:, : context.shape[1] - offset]
+        return rearrange(self.heads[str(offset)](behind), "b rows cols d -> (b rows cols) d")

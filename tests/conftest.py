@@ -1,0 +1,95 @@
+"""What all tests share: fixed thread counts, a plotting backend without a screen, and two ways to run a command.
+
+The commands run in a process group of their own, which a time limit kills as a whole: `accelerate launch` does
+not forward signals, so killing it alone would leave its workers running.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+# Before anything imports pyplot, here and in the commands, which inherit it.
+os.environ["MPLBACKEND"] = "Agg"
+
+# A fixed count, since sums split over other thread counts differ in their last bits.
+torch.set_num_threads(2)
+
+# Shared cores make single examples slow now and then: pytest's own limit watches over the whole test.
+settings.register_profile("shared cores", deadline=None)
+settings.load_profile("shared cores")
+
+Completed = subprocess.CompletedProcess[str]
+
+
+def run_command(command: list[str], cwd: Path, env: dict[str, str] | None = None, timeout: float = 240) -> Completed:
+    """Run to the end and return what came out; on a time-out kill the whole group and fail with what was printed."""
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), **(env or {})}
+    with subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except BaseException as stopped:  # also pytest's own limit and Ctrl-C: nothing may be left running
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(stopped, subprocess.TimeoutExpired):
+                raise
+            stdout, stderr = process.communicate()
+            pytest.fail(f"no end after {timeout} s: {' '.join(command)}\n{stdout}\n{stderr}")
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def launcher(processes: int) -> list[str]:
+    """`accelerate launch` for so many processes, with all it would otherwise warn about, and a port of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"--num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    # Without --multi_gpu the launcher starts one process on a machine without a GPU, whatever was asked for.
+    several = f"--multi_gpu --main_process_port {port}" if processes > 1 else ""
+    return [sys.executable, "-m", "accelerate.commands.launch", *options.split(), *several.split()]
+
+
+def _absolute(command: tuple[str, ...]) -> list[str]:
+    return [str(CHECKOUT / part) if part.startswith("tools/") else part for part in command]
+
+
+@pytest.fixture
+def run_tool(tmp_path: Path) -> Callable[..., Completed]:
+    """`run_tool("tools/evaluate.py", "run=DIR")`: in one plain process, in `tmp_path`, so that nothing is littered."""
+
+    def run(*command: str, cwd: Path = tmp_path, **options: object) -> Completed:
+        return run_command([sys.executable, *_absolute(command)], cwd, **options)
+
+    return run
+
+
+@pytest.fixture
+def launch_tool(tmp_path: Path) -> Callable[..., Completed]:
+    """`launch_tool("tools/pretrain_cpc.py", "steps=2", processes=2)`, or `launch_tool("-m", "cpc.pretrain", ...)`.
+
+    Several processes on a CPU need `device=cpu` among the arguments, unless the machine has that many GPUs.
+    """
+
+    def launch(*command: str, processes: int = 1, cwd: Path = tmp_path, **options: object) -> Completed:
+        return run_command([*launcher(processes), *_absolute(command)], cwd, **options)
+
+    return launch
