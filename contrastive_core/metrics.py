@@ -33,4 +33,4 @@ def feature_std(features: Tensor) -> Tensor:
     The collapse alarm of Chen and He 2021, figure 2. Example: identical features give 0.
     """
     features = features.float()
-    return (features / features.norm(dim=1, keepdim=True).clamp_min(1e-6)).std(0).mean()
+    return (features / features.norm(dim=1, keepdim=True).clamp_min(1e-6)).std(0, correction=0).mean()

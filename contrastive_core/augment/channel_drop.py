@@ -37,9 +37,10 @@ def drop_channels(images: Tensor, rank: Tensor, drop: int, fill: Fill, key: Tens
     first = rank.argmin(1)[:, None, None, None].to(images.device, non_blocking=True)
     channel = images.gather(1, first.expand(-1, 1, *images.shape[2:]))
     if fill == "repeat":
-        return torch.where(kept, images, channel)
+        return torch.lerp(channel.expand_as(images), images, kept.to(images.dtype))  # exact, and faster than where
     spread = channel.std((2, 3), keepdim=True, correction=0) / 100
-    return torch.where(kept, images, (0.5 + spread * noise_like(images, key)).clamp_(0, 1))
+    noise = noise_like(images, key).mul_(spread).add_(0.5).clamp_(0, 1)
+    return torch.lerp(noise, images, kept.to(images.dtype))
 
 
 class ChannelDrop(nn.Module):

@@ -50,11 +50,9 @@ def elastic(images: Tensor, field: Tensor, shear: Tensor | None = None, fill: fl
     if field.ndim != 4 or field.shape[:2] != (len(images), 2) or min(field.shape[2:]) < 2:
         raise ValueError(f"expected a field {len(images)} 2 gy gx, gy and gx at least 2, got {tuple(field.shape)}")
     slopes = torch.zeros(len(images), 2) if shear is None else shear
-    grid = sampling_grid(images, affine_matrix(shear_x=slopes[:, 0], shear_y=slopes[:, 1]))
-    h, w = images.shape[2:]
-    moved = displacement(field.to(images.device, images.dtype, non_blocking=True), (h, w))
-    scale = torch.tensor([2 / w, 2 / h], dtype=images.dtype).to(images.device, non_blocking=True)
-    return resample(images, grid + moved.movedim(1, 3) * scale, fill)
+    positions = sampling_grid(images, affine_matrix(shear_x=slopes[:, 0], shear_y=slopes[:, 1]))
+    moved = displacement(field.to(images.device, images.dtype, non_blocking=True), (images.shape[2], images.shape[3]))
+    return resample(images, positions + moved, fill)
 
 
 class ElasticDeformation(nn.Module):

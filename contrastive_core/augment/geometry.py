@@ -1,8 +1,8 @@
 """Geometry: where each output pixel is read from. One resampling however many transformations are composed.
 
 Coordinates are in pixels from the image's centre, x to the right and y down; a matrix maps an output position to
-the position it is read from. Bilinear, by torch's grid_sample: kornia's warp_affine inverts its matrices and builds
-the same grid in twice the time.
+the position it is read from. Bilinear, by torch's grid_sample: kornia's warp_affine, which inverts its matrices and
+builds the positions by homogeneous products, takes two and a half times as long.
 """
 
 from __future__ import annotations
@@ -44,17 +44,26 @@ def affine_matrix(
 
 
 def sampling_grid(images: Tensor, matrix: Tensor) -> Tensor:
-    """Where an affine map reads from, in grid_sample's coordinates, n h w 2; matrix n 2 3 in pixels from the centre."""
+    """Where an affine map reads each pixel from: n 2 h w, x then y, in pixels from the centre; matrix n 2 3."""
     if matrix.shape != (len(images), 2, 3):
         raise ValueError(f"expected matrices {len(images)} 2 3, one an image, got {tuple(matrix.shape)}")
     h, w = images.shape[2:]
-    to_unit = torch.tensor([[1.0, h / w, 2 / w], [w / h, 1.0, 2 / h]])
-    theta = (matrix.cpu() * to_unit).to(images.device, images.dtype, non_blocking=True)
-    return F.affine_grid(theta, list(images.shape), align_corners=False)
+    x = (torch.arange(w) - (w - 1) / 2).to(images.device, images.dtype, non_blocking=True)
+    y = (torch.arange(h) - (h - 1) / 2).to(images.device, images.dtype, non_blocking=True).unsqueeze(1)
+    moved = matrix.to(images.device, images.dtype, non_blocking=True)
+    of_x, of_y, constant = moved[:, :, :, None, None].unbind(2)  # each n 2 1 1
+    # no matrix product: under autocast or with TF32 it would be off by up to a pixel
+    return torch.addcmul(of_y * y + constant, of_x, x)
 
 
-def resample(images: Tensor, grid: Tensor, fill: float | None = 0.0) -> Tensor:
-    """Bilinear values at grid n h w 2 (grid_sample's coordinates); outside lies `fill`, or the reflected picture."""
+def resample(images: Tensor, positions: Tensor, fill: float | None = 0.0) -> Tensor:
+    """Bilinear values of images n c h w at positions n 2 *size (see `sampling_grid`), n c *size.
+
+    Outside the image lies `fill`, or with None the picture reflected at the border.
+    """
+    h, w = images.shape[2:]
+    unit = torch.tensor([2 / w, 2 / h])[:, None, None].to(images.device, images.dtype, non_blocking=True)
+    grid = (positions * unit).movedim(1, 3)
     if fill is None:
         return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     if fill == 0:

@@ -79,7 +79,7 @@ class AutoAugmentPrimitives(nn.Module):
         if unknown:
             raise ValueError(f"unknown operations {', '.join(unknown)}: choose among {', '.join(SIXTEEN)}")
         if draws < 0 or not 0 <= magnitude <= 1:
-            raise ValueError(f"draws is at least 0 and magnitude within 0 .. 1, got draws={draws}, magnitude={magnitude}")
+            raise ValueError(f"draws is at least 0, magnitude within 0 .. 1, got draws={draws}, magnitude={magnitude}")
         self.draws, self.magnitude, self.fill, self.stream = draws, magnitude, fill, stream
         self.operations = tuple(name for name in SIXTEEN if name in operations)  # in the table's order
 

@@ -141,7 +141,9 @@ class ImageDataset(Dataset[Sample]):
         self.class_names = tuple(class_names)
         if int(self.labels.min()) < -1 or int(self.labels.max()) >= max(1, self.classes):
             low, high = int(self.labels.min()), int(self.labels.max())
-            raise ValueError(f"labels run from {low} to {high} for {self.classes} classes: number them from 0, -1 = none")
+            raise ValueError(
+                f"labels run from {low} to {high} for {self.classes} classes: number them from 0, -1 = none"
+            )
         self.pixels: Tensor | None = None
         self.faults: dict[int, str] = {}
         self._stand_ins = torch.arange(count)
@@ -240,9 +242,7 @@ class ImageDataset(Dataset[Sample]):
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             list(pool.map(fill, range(0, count, 500)))
         logger.info("decoded %s images of %d px in %.1f s", f"{count:,}", size, time.perf_counter() - start)
-        whole = ImageDataset(
-            self.source, size=size, labels=self.labels, class_names=self.class_names, names=self.names
-        )
+        whole = ImageDataset(self.source, size=size, labels=self.labels, class_names=self.class_names, names=self.names)
         whole._keep(torch.from_numpy(pixels), faults)
         return whole
 
@@ -260,5 +260,3 @@ class ImageDataset(Dataset[Sample]):
             self._stand_ins[i] = self._stand_ins[(i + 1) % count]
         for i in reversed(self.faults):  # once more for a run that goes over the end to image 0
             self._stand_ins[i] = self._stand_ins[(i + 1) % count]
-
-

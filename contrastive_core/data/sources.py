@@ -55,7 +55,10 @@ def mnist5k(size: int = 28, cache: bool = True) -> Splits:
     """
     images, labels = _bundled_digits()
     train, test = split_by_hash(images, labels, test_per_class=100)
-    parts = (ImageDataset(images[part], size=size, labels=labels[part].tolist(), names=_digit_names(part)) for part in (train, test))
+    parts = (
+        ImageDataset(images[part], size=size, labels=labels[part].tolist(), names=_digit_names(part))
+        for part in (train, test)
+    )
     return _splits(*parts, cache)
 
 
@@ -96,7 +99,11 @@ def split_by_hash(images: np.ndarray, labels: np.ndarray, *, test_per_class: int
 
 
 def parquet(
-    train: StrPath | Sequence[StrPath], test: StrPath | Sequence[StrPath] | None = None, *, size: int, cache: bool = True
+    train: StrPath | Sequence[StrPath],
+    test: StrPath | Sequence[StrPath] | None = None,
+    *,
+    size: int,
+    cache: bool = True,
 ) -> Splits:
     """Images from parquet files, one or several a split: column `image`, and `label` if there are labels.
 
@@ -105,7 +112,9 @@ def parquet(
 
     Raises FileNotFoundError, and ValueError that names the columns there are when `image` is missing or of another type.
     """
-    tables = [_read_parquet(files, argument) for files, argument in ((train, "data.train"), (test, "data.test")) if files]
+    tables = [
+        _read_parquet(files, argument) for files, argument in ((train, "data.train"), (test, "data.test")) if files
+    ]
     classes = 1 + max(max(labels) for _, labels, _ in tables)
     class_names = [str(label) for label in range(classes)]
     parts = [
@@ -141,7 +150,9 @@ def _read_parquet_file(file: Path) -> tuple[list[Encoded], list[int]]:
         raise ValueError(f"{file} is not a parquet file: {error}") from error
     columns = opened.schema_arrow.names
     if "image" not in columns:
-        raise ValueError(f"{file} has the columns {', '.join(columns)}: rename the one with the encoded images to `image`")
+        raise ValueError(
+            f"{file} has the columns {', '.join(columns)}: rename the one with the encoded images to `image`"
+        )
     table = opened.read([column for column in ("image", "label") if column in columns])
     kind = table.schema.field("image").type
     if pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind}:
@@ -149,7 +160,9 @@ def _read_parquet_file(file: Path) -> tuple[list[Encoded], list[int]]:
     elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         images = [cell or b"" for cell in table["image"].to_pylist()]
     else:
-        raise ValueError(f"{file}: column `image` is {kind}: store encoded bytes (PNG, JPEG) or a struct {{bytes, path}}")
+        raise ValueError(
+            f"{file}: column `image` is {kind}: store encoded bytes (PNG, JPEG) or a struct {{bytes, path}}"
+        )
     if "label" not in columns:
         return images, [-1] * len(images)
     kind = table.schema.field("label").type
@@ -185,7 +198,9 @@ def imagefolder(root: StrPath, *, size: int, cache: bool = True) -> Splits:
     test = _find_images(test_root) if test_root is not None and train_root != root else []
     class_names = _folders(train) or _folders(test)
     if unknown := set(_folders(test)) - set(class_names):
-        raise ValueError(f"{test_root} has the classes {', '.join(sorted(unknown))} that {train_root} lacks: rename them")
+        raise ValueError(
+            f"{test_root} has the classes {', '.join(sorted(unknown))} that {train_root} lacks: rename them"
+        )
     parts = [
         ImageDataset(
             [folder / path for path in paths],

@@ -95,6 +95,8 @@ def pool_grid(latents: Tensor, cells: int) -> Tensor:
     Example: a 2 x 2 grid of scalars 1, 2, 3, 4 gives [2.5] for one cell and [1, 2, 3, 4] for two.
     """
     if latents.dim() != 4 or not 1 <= cells <= min(latents.shape[1:3]):
-        raise ValueError(f"latents {tuple(latents.shape)} into {cells} x {cells} cells: pass `b rows cols d`, cells <= rows, cols")
+        raise ValueError(
+            f"latents {tuple(latents.shape)} into {cells} x {cells} cells: pass `b rows cols d`, cells <= rows, cols"
+        )
     pooled = adaptive_avg_pool2d(rearrange(latents.float(), "b rows cols d -> b d rows cols"), cells)
     return rearrange(pooled, "b d i j -> b (i j d)")

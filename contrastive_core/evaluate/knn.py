@@ -14,7 +14,12 @@ LARGEST_TABLE = 1 << 24
 
 
 def knn_predictions(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, *, neighbours: int = 20, temperature: float = 0.1
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    neighbours: int = 20,
+    temperature: float = 0.1,
 ) -> Tensor:
     """The class of each test feature by the vote of its nearest training features.
 

@@ -1,0 +1,4 @@
+from cpc.show_patches import main
+
+if __name__ == "__main__":
+    main()
