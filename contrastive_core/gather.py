@@ -24,8 +24,9 @@ def world() -> tuple[int, int]:
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
         shards = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(shards, rows.contiguous())
+        dist.all_gather(shards, rows)
         return torch.cat(shards)
 
     @staticmethod

@@ -32,7 +32,9 @@ class RunLog:
 
         file = run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(run_dir) if row["step"] <= start] if file.is_file() else []
-        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rewritten = file.with_suffix(".partial")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rewritten.rename(file)
         self._file = file.open("a")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)

@@ -98,5 +98,5 @@ def train_steps(
         if averaged is not None:
             ema_update_(averaged, bare, polyak_decay(step, averaging_decay))
 
-        totals["lr"] = torch.tensor(lr)
+        totals["lr"] = torch.tensor(lr, dtype=torch.float64)
         yield StepResult(step + 1, totals, [fault for loaded in micro_batches for fault in loaded.faults])

@@ -14,6 +14,7 @@ import hydra
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,7 +55,9 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
         except _USER_ERRORS as error:
             sys.exit(_one_line(error))
 
-    entry: Callable[[], None] = hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(run)
+    entry: Callable[[], None] = hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(
+        run
+    )
     return entry
 
 
@@ -64,13 +67,24 @@ def _one_line(error: BaseException) -> int:
     return 2
 
 
-def build(node: Any, **arguments: Any) -> Any:
-    """`hydra.utils.instantiate`, with lists as lists, raising what the constructor raised."""
+def build(node: Any, *arguments: Any, **named: Any) -> Any:
+    """`hydra.utils.instantiate`, with lists as lists, raising what the constructor raised.
+
+    An argument of the wrong type or name is the configuration's mistake, not the constructor's: a ValueError too.
+    """
     try:
-        return hydra.utils.instantiate(node, _convert_="all", **arguments)
+        return hydra.utils.instantiate(node, *arguments, _convert_="all", **named)
     except InstantiationException as error:
         cause = error.__cause__
+        if isinstance(cause, TypeError):
+            raise ValueError(f"{node.get('_target_')} does not take what it was given: {cause}") from cause
         raise (cause if isinstance(cause, Exception) else ValueError(str(error))) from None
+
+
+def run_name() -> str:
+    """What a run is called on the command line: its experiment, else its data."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return str(choices.get("experiment") or choices.get("data") or "run")
 
 
 def check_complete(cfg: DictConfig) -> None:
@@ -94,6 +108,8 @@ def start_accelerator(cfg: DictConfig) -> Accelerator:
         raise ValueError("device=cuda, but torch finds no CUDA: pass device=cpu")
     if cpu and cfg.precision == "fp16":
         raise ValueError("precision=fp16 needs CUDA: pass precision=bf16 or precision=no")
+    if cfg.threads is not None and cfg.threads < 1:
+        raise ValueError(f"threads={cfg.threads}: pass at least 1, or null for cores / processes")
 
     # accelerate exports OMP_NUM_THREADS=1, which would leave all cores but one idle
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

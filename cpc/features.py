@@ -62,6 +62,7 @@ class FrozenEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self._check(images)
         images = normalise(self._fit(images), self.mean, self.std)
+        images = images.to(next(self.encoder.parameters(), images).dtype)
         if self.mode == "patches":
             patches = extract_patches(images, self.patch_size or 0, self.stride or 0)
             features = self.encoder(rearrange(patches, "b rows cols c ph pw -> (b rows cols) c ph pw"))
@@ -69,8 +70,8 @@ class FrozenEncoder(nn.Module):
             return grid if self.readout == "grid" else grid.mean((1, 2))
         if self.readout == "grid":
             return rearrange(self.encoder.feature_map(images), "b d rows cols -> b rows cols d")  # type: ignore[operator]
-        features: Tensor = self.encoder(images)
-        return features
+        whole: Tensor = self.encoder(images)
+        return whole
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
@@ -119,13 +120,36 @@ def load_encoder(path: str | Path, *, readout: str = "mean", mode: str | None = 
         encoder = cpc.load_encoder("runs/mnist5k-...")
         features = encoder(images)
     """
-    folder = Path(path)
-    folder = folder if folder.is_dir() else folder.parent
-    for name in ("encoder.json", "encoder.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {folder}: pass the folder of a run that has finished")
-    card = json.loads((folder / "encoder.json").read_text())
+    weights, card = read_card(path)
     encoder = build_encoder(card["architecture"])
-    encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
-    frozen = FrozenEncoder(encoder.to(memory_format=torch.channels_last), **card["input"], mode=mode, readout=readout)
-    return frozen.eval().requires_grad_(False)
+    encoder.load_state_dict(load_file(weights))
+    return _frozen(encoder, card, readout, mode)
+
+
+def untrained_encoder(
+    path: str | Path, *, seed: int = 0, readout: str = "mean", mode: str | None = None
+) -> FrozenEncoder:
+    """The same encoder at random initialisation: what `load_encoder(path)` has to beat with the same readout."""
+    _, card = read_card(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(card["architecture"])
+    return _frozen(encoder, card, readout, mode)
+
+
+def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The path of the weights and the parsed card, of a run's folder or of its `encoder.safetensors`."""
+    weights = Path(path) / "encoder.safetensors" if Path(path).is_dir() else Path(path)
+    card = weights.with_suffix(".json")
+    for file in (weights, card):
+        if not file.is_file() or weights.suffix != ".safetensors":
+            raise FileNotFoundError(
+                f"no {file.name} in {file.parent}: pass the folder of a run that has finished, or its encoder.safetensors"
+            )
+    parsed: dict[str, Any] = json.loads(card.read_text())
+    return weights, parsed
+
+
+def _frozen(encoder: nn.Module, card: dict[str, Any], readout: str, mode: str | None) -> FrozenEncoder:
+    channels_last = encoder.to(memory_format=torch.channels_last)
+    return FrozenEncoder(channels_last, **card["input"], mode=mode, readout=readout).eval().requires_grad_(False)

@@ -1,9 +1,9 @@
 """CPC v2: predict the patches ahead from the patches behind, in four directions (Henaff et al. 2020, section 3.1).
 
-    z = encoder(patch)                   for every patch of every image
-    c = context(z read in a direction)   a cell sees its own row and those behind it
-    prediction = W_k c                   of the cell k ahead
-    L = -log softmax_over_all_cells_of_all_images(prediction . target / T)[the cell k ahead]
+z = encoder(patch)                   for every patch of every image
+c = context(z read in a direction)   a cell sees its own row and those behind it
+prediction = W_k c                   of the cell k ahead
+L = -log softmax_over_all_cells_of_all_images(prediction . target / T)[the cell k ahead]
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class CPC(Method):
         loss: Callable[..., Tensor] = partial(info_nce, temperature=10.0),
     ) -> None:
         super().__init__()
+        unknown = [direction for direction in directions if direction not in DIRECTIONS]
+        if unknown or not directions or len(set(directions)) < len(directions):
+            raise ValueError(f"directions={list(directions)}: pass one or more of {', '.join(DIRECTIONS)}, each once")
         dim: int = encoder.dim  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
         self.encoder = encoder
         self.offsets, self.directions, self.loss = tuple(offsets), tuple(directions), loss

@@ -117,15 +117,29 @@ def _inception(probability: float, strength: float) -> InceptionColour:
     return InceptionColour(probability, 32 / 255 * strength, 0.5 * strength, 0.5 * strength, 0.2 * strength)
 
 
-def patch_augment_v1(jitter: float = 60 / 64, grey: float = 1.0, fill: float = 0.5) -> PatchAugment:
+def patch_augment_v1(
+    jitter: float = 60 / 64,
+    grey: float = 1.0,
+    channel_drop: float = 0.0,
+    channel_drop_fill: Fill = "zero",
+    fill: float = 0.5,
+) -> PatchAugment:
     """CPC v1's: a 60 of 64 px sub-crop put back at the centre, on grey images (van den Oord et al. 2018).
 
     Args:
         jitter: the sub-crop as a share of the side; 1 leaves it out.
         grey: probability of a grey patch; v1 makes every image grey, 0 keeps the colours (v2's rung 0).
+        channel_drop: probability of losing two of the three channels: v2's first rung of augmentation, not in v1.
+        channel_drop_fill: "zero", "noise" or "repeat".
         fill: the border's value (not published).
+
+    Example: `patch_augment_v1(jitter=1, grey=0)` has no steps.
     """
-    steps: list[tuple[bool, nn.Module]] = [(jitter < 1, SpatialJitter(jitter, fill)), (grey > 0, RandomGrey(grey))]
+    steps: list[tuple[bool, nn.Module]] = [
+        (jitter < 1, SpatialJitter(jitter, fill)),
+        (grey > 0, RandomGrey(grey)),
+        (channel_drop > 0, ChannelDrop(channel_drop, fill=channel_drop_fill)),
+    ]
     return PatchAugment([step for enabled, step in steps if enabled])
 
 

@@ -7,8 +7,10 @@ From an install, `accelerate launch -m cpc.pretrain` does the same.
 from __future__ import annotations
 
 import copy
-import math
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,23 @@ import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.optim import Optimizer
 
-from contrastive_core.checkpoint import export_encoder, latest_checkpoint, load_checkpoint_, save_checkpoint
+from contrastive_core.checkpoint import export_encoder, load_checkpoint_, save_checkpoint
 from contrastive_core.data import BadImages, ImageDataset, training_batches
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.evaluate.knn import knn_accuracy
 from contrastive_core.method import Method
+from contrastive_core.randomness import Randomness
 from contrastive_core.run_log import RunLog
 from contrastive_core.training import StepResult, train_steps
-from cpc.entry import build, check_complete, command, start_accelerator
+from cpc.entry import build, check_complete, command, run_name, start_accelerator
 from cpc.features import FrozenEncoder
 from cpc.prediction import check_offsets
-from cpc.run_folder import choose_run_dir, claim_run_dir
+from cpc.run_folder import checkpoint_to_resume, choose_run_dir, claimed
 from cpc.views import PatchViews
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,6 +71,7 @@ class PretrainSchema:
     method: Any
     views: Any
     optimizer: Any
+    ladder: Any = None
 
 
 def encoder_card(cfg: DictConfig, method: Method) -> dict[str, Any]:
@@ -86,12 +93,46 @@ def encoder_card(cfg: DictConfig, method: Method) -> dict[str, Any]:
     }
 
 
+# the least that a number may be; whatever is wrong with a run is best said before anything is read or written
+_AT_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "workers": 0,
+    "save_every": 1,
+    "keep_checkpoints": 1,
+    "log_every": 1,
+    "probe_every": 0,
+    "probe_images": 5,
+    "load_size": 1,
+}
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise ValueError that names the first top-level key whose value cannot be meant, and says what to pass."""
+    for name, least in _AT_LEAST.items():
+        if cfg[name] < least:
+            raise ValueError(f"{name}={cfg[name]}: pass at least {least}")
+    if len(cfg.mean) != 3 or len(cfg.std) != 3 or min(cfg.std) <= 0:
+        raise ValueError(f"mean={list(cfg.mean)} std={list(cfg.std)}: pass three numbers each, std above 0")
+    if cfg.clip is not None and not cfg.clip > 0:
+        raise ValueError(f"clip={cfg.clip}: pass the largest gradient norm, above 0, or null")
+    if cfg.averaging is not None and not 0 <= cfg.averaging < 1:
+        raise ValueError(f"averaging={cfg.averaging}: pass a decay from 0 to below 1, or null")
+    if not 0 <= cfg.bad_images <= 1:
+        raise ValueError(f"bad_images={cfg.bad_images}: pass a share from 0 to 1")
+    if cfg.resume not in (None, "auto"):
+        raise ValueError(f"resume={cfg.resume}: pass resume=auto with the run's run_dir, or leave it out")
+
+
 def build_method(cfg: DictConfig) -> tuple[Method, PatchViews]:
     """The method and its views; whatever does not fit is an error here, before any data is read."""
     views: PatchViews = build(cfg.views)
     method: Method = build(cfg.method, encoder=build(cfg.encoder))
     check_offsets(method.offsets, views.grid, views.grid)  # type: ignore[arg-type]  # CPC's
-    return method.to(memory_format=torch.channels_last), views  # type: ignore[call-overload]
+    black = torch.zeros(2, 3, cfg.load_size, cfg.load_size, dtype=torch.uint8)
+    views(black, Randomness(cfg.seed, 0, torch.arange(2)))
+    return method.to(memory_format=torch.channels_last), views
 
 
 def probe_sets(dataset: ImageDataset, count: int) -> tuple[ImageDataset, ImageDataset] | None:
@@ -109,16 +150,14 @@ def probe_sets(dataset: ImageDataset, count: int) -> tuple[ImageDataset, ImageDa
 
 def probe(encoder: nn.Module, sets: tuple[ImageDataset, ImageDataset], cfg: DictConfig, device: torch.device) -> float:
     """kNN accuracy of the mean latents, as the encoder stands."""
-    training = encoder.training
     inputs = {"image_size": cfg.image_size, "patch_size": cfg.patch.size, "stride": cfg.patch.stride}
-    frozen = FrozenEncoder(encoder, **inputs, mean=cfg.mean, std=cfg.std).eval()
+    frozen = FrozenEncoder(encoder, **inputs, mean=cfg.mean, std=cfg.std)
     bank, queries = (extract_features(frozen, dataset, device=device) for dataset in sets)
-    encoder.train(training)
     return float(knn_accuracy(*bank, *queries))
 
 
 class Throughput:
-    """Images a second since the last time it was asked, probes and checkpoints left out by `skip`."""
+    """Images a second since the last time it was asked, without what is done inside `paused`."""
 
     def __init__(self) -> None:
         self.images, self.since = 0, time.perf_counter()
@@ -129,42 +168,63 @@ class Throughput:
         rate, self.images, self.since = self.images / max(now - self.since, 1e-9), 0, now
         return rate
 
-    def skip(self, began: float) -> None:
-        """Leave out the time since `began` (`time.perf_counter()`)."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock, for a probe or a checkpoint."""
+        began = time.perf_counter()
+        yield
         self.since += time.perf_counter() - began
 
 
 def metrics_row(result: StepResult, accelerator: Accelerator, rate: float) -> dict[str, float]:
     """A row of `metrics.jsonl`: means over the processes."""
     names = sorted(result.metrics)
-    values = torch.stack([result.metrics[name].float().to(accelerator.device) for name in names])
-    means = accelerator.reduce(values, reduction="mean").tolist()  # type: ignore[union-attr]
+    values = torch.stack([result.metrics[name].double().to(accelerator.device) for name in names])
+    means = accelerator.reduce(values, reduction="mean").tolist()
     return {"step": result.step, **dict(zip(names, means, strict=True)), "images_per_second": round(rate, 1)}
+
+
+def rounding(accelerator: Accelerator) -> dict[str, int]:
+    """What decides the last bits of every sum, and is stored in checkpoints: sums are split over threads."""
+    return {"threads": torch.get_num_threads(), "processes": accelerator.num_processes}
+
+
+def resume_(
+    checkpoint: Path | None, modules: dict[str, nn.Module], optimizer: Optimizer, accelerator: Accelerator
+) -> int:
+    """Restore modules and optimizer in place; returns the optimizer steps they have done, 0 without a checkpoint."""
+    if checkpoint is None:
+        return 0
+    state = load_checkpoint_(checkpoint, modules, optimizer)
+    before, now = {name: state.get(name) for name in rounding(accelerator)}, rounding(accelerator)
+    if before != now and accelerator.is_main_process:
+        logger.warning("resumed with %s, saved with %s: the numbers will differ in their last bits", now, before)
+    step: int = state["step"]
+    return step
 
 
 def pretrain(cfg: DictConfig) -> Path:
     """Run one configuration to its end; returns the run's folder."""
     check_complete(cfg)
+    check_numbers(cfg)
     accelerator = start_accelerator(cfg)
-    run_dir = choose_run_dir(cfg, accelerator)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)
+    checkpoint = checkpoint_to_resume(run_dir, config, resume=cfg.resume == "auto")  # type: ignore[arg-type]
 
     # the pieces, in the order in which a mistake is cheapest to find
     torch.manual_seed(cfg.seed)
     method, views = build_method(cfg)
-    optimizer = build(cfg.optimizer)(method.parameters())
+    optimizer = build(cfg.optimizer, method.parameters(), _partial_=False)
     schedule = build(cfg.schedule)
     dataset: ImageDataset = build(cfg.data).train
 
     averaged = None if cfg.averaging is None else copy.deepcopy(method).requires_grad_(False).to(accelerator.device)
-    modules: dict[str, nn.Module] = {"method": method} | ({} if averaged is None else {"averaged": averaged})
+    modules: dict[str, nn.Module] = {"method": method, **({} if averaged is None else {"averaged": averaged})}
     exported = method if averaged is None else averaged
-
-    # a fresh folder, or the state that an earlier run left in it
-    checkpoint = claim_run_dir(run_dir, cfg, accelerator)
-    start = 0
     prepared, prepared_optimizer = accelerator.prepare(method, optimizer)
-    if checkpoint is not None:
-        start = load_checkpoint_(checkpoint, modules, optimizer)["step"]
+    start = resume_(checkpoint, modules, optimizer, accelerator)
 
     batches = training_batches(
         dataset,
@@ -177,9 +237,6 @@ def pretrain(cfg: DictConfig) -> Path:
         accumulate=cfg.accumulate,
         workers=cfg.workers,
     )
-    sets = probe_sets(dataset, cfg.probe_images) if cfg.probe_every and accelerator.is_main_process else None
-    bad_images, throughput = BadImages(cfg.bad_images), Throughput()
-    log = RunLog(run_dir, start=start, steps=cfg.steps) if accelerator.is_main_process else None
     results = train_steps(
         prepared,
         prepared_optimizer,
@@ -194,36 +251,38 @@ def pretrain(cfg: DictConfig) -> Path:
         averaged=averaged,
         averaging_decay=cfg.averaging or 0.0,
     )
-    try:
+    main_process = accelerator.is_main_process
+    sets = probe_sets(dataset, cfg.probe_images) if cfg.probe_every and main_process else None
+    bad_images, throughput = BadImages(cfg.bad_images), Throughput()
+
+    # nothing has been written so far: a mistake leaves no folder behind
+    with (
+        claimed(run_dir, config, accelerator),  # type: ignore[arg-type]
+        RunLog(run_dir, start=start, steps=cfg.steps) if main_process else nullcontext() as log,
+    ):
         for result in results:
             bad_images.count(result.faults, seen=cfg.batch_size // accelerator.num_processes)
             throughput.images += cfg.batch_size
             last = result.step == cfg.steps
 
-            # every process takes part in the mean, the main one writes it down
-            if result.step % cfg.log_every == 0 or last or result.step == 1:
+            # every process takes part in the mean; the rest is the main one's
+            if last or result.step == 1 or result.step % cfg.log_every == 0:
                 row = metrics_row(result, accelerator, throughput.rate())
                 if log is not None:
                     log.write(row)
-            if log is not None:
-                log.advance()
+            if log is None:
+                continue
+            log.advance()
+            with throughput.paused():
+                if sets is not None and (last or result.step % cfg.probe_every == 0):
+                    accuracy = probe(exported.encoder, sets, cfg, accelerator.device)
+                    log.write({"step": result.step, "knn": accuracy})
+                    log.say(f"step {result.step}: kNN on held-out training images {accuracy:.3f}")
+                if last or result.step % cfg.save_every == 0:
+                    extra, keep = rounding(accelerator), cfg.keep_checkpoints
+                    save_checkpoint(run_dir / "checkpoints", result.step, modules, optimizer, extra, keep)
 
-            began = time.perf_counter()
-            if log is not None and sets is not None and (result.step % cfg.probe_every == 0 or last):
-                accuracy = probe(exported.encoder, sets, cfg, accelerator.device)
-                log.write({"step": result.step, "knn": accuracy})
-                log.say(f"step {result.step}: kNN on held-out training images {accuracy:.3f}")
-            if accelerator.is_main_process and (result.step % cfg.save_every == 0 or last):
-                extra = {"threads": torch.get_num_threads(), "processes": accelerator.num_processes}
-                save_checkpoint(
-                    run_dir / "checkpoints", result.step, modules, optimizer, extra, keep=cfg.keep_checkpoints
-                )
-            throughput.skip(began)
-    finally:
-        if log is not None:
-            log.__exit__()
-
-    if accelerator.is_main_process:
+    if main_process:
         export_encoder(run_dir, exported.encoder, encoder_card(cfg, exported))
         print(f"encoder: {run_dir / 'encoder.safetensors'}\nread it with: cpc.load_encoder({str(run_dir)!r})")
     accelerator.wait_for_everyone()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import random
 import string
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
 
 from contrastive_core.checkpoint import latest_checkpoint
 
@@ -20,20 +22,18 @@ MAY_CHANGE = ("save_every", "keep_checkpoints", "log_every", "probe_every", "pro
 """Keys that may differ when a run is resumed: they change what is written or how fast, not what is learned."""
 
 
-def default_run_dir() -> str:
-    """runs/<experiment or data>-<time>-<4 letters>; the letters keep apart two runs of one second."""
-    choices = HydraConfig.get().runtime.choices
-    name = choices.get("experiment") or choices.get("data") or "run"
+def default_run_dir(name: str) -> str:
+    """runs/<name>-<time>-<4 letters>; the letters keep apart two runs of one second."""
     letters = "".join(random.SystemRandom().choices(string.ascii_lowercase, k=4))
     return f"runs/{Path(name).name}-{time.strftime('%Y%m%d-%H%M%S')}-{letters}"
 
 
-def choose_run_dir(cfg: DictConfig, accelerator: Accelerator) -> Path:
-    """`run_dir`, or a new name chosen by the main process for all."""
-    chosen = [cfg.run_dir or (default_run_dir() if accelerator.is_main_process else None)]
+def choose_run_dir(run_dir: str | None, name: str, accelerator: Accelerator) -> Path:
+    """`run_dir`, or where it is None a new one named after `name`, chosen by the main process for all."""
+    chosen = [run_dir or (default_run_dir(name) if accelerator.is_main_process else None)]
     if accelerator.num_processes > 1:
         chosen = broadcast_object_list(chosen)
-    return Path(chosen[0])
+    return Path(str(chosen[0]))
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -48,29 +48,47 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return names
 
 
-def claim_run_dir(run_dir: Path, cfg: DictConfig, accelerator: Accelerator) -> Path | None:
-    """Write `config.yaml` into a fresh folder, or find the checkpoint to resume from.
+def checkpoint_to_resume(run_dir: Path, config: dict[str, Any], *, resume: bool) -> Path | None:
+    """The last checkpoint of the run in `run_dir`; None for a fresh folder, and for a run without a checkpoint yet.
 
-    Raises FileExistsError for a folder that holds a run unless resume=auto, ValueError when the configuration
+    Writes nothing. Raises FileExistsError for a folder that holds a run unless `resume`, ValueError when `config`
     differs from the run's in a key that may not change.
     """
-    if cfg.resume not in (None, "auto"):
-        raise ValueError(f"resume={cfg.resume}: pass resume=auto with the run's run_dir, or leave it out")
     written = run_dir / "config.yaml"
-    held = written.is_file()
+    if not written.is_file():
+        return None
+    if not resume:
+        raise FileExistsError(f"{run_dir} holds a run: pass resume=auto to go on with it, or another run_dir")
+    before = yaml.safe_load(written.read_text())
+    changed = [key for key in differing_keys(before, config) if key.split(".")[0] not in MAY_CHANGE]
+    if changed:
+        raise ValueError(
+            f"{run_dir} was run with other settings of {', '.join(changed)}: use its own, or a new run_dir"
+        )
+    return latest_checkpoint(run_dir / "checkpoints")
+
+
+@contextmanager
+def claimed(run_dir: Path, config: dict[str, Any], accelerator: Accelerator) -> Iterator[None]:
+    """Write `config.yaml` if there is none, and keep every other run out of the folder until the end.
+
+    Raises FileExistsError where another run is at work in the folder.
+    """
     accelerator.wait_for_everyone()  # all have looked before the main process writes
-    config = OmegaConf.to_container(cfg, resolve=True)
-    if held:
-        if cfg.resume is None:
-            raise FileExistsError(f"{run_dir} holds a run: pass resume=auto to go on with it, or another run_dir")
-        before = OmegaConf.to_container(OmegaConf.load(written))
-        assert isinstance(before, dict) and isinstance(config, dict)
-        changed = [key for key in differing_keys(before, config) if key.split(".")[0] not in MAY_CHANGE]  # type: ignore[arg-type]
-        if changed:
-            raise ValueError(f"{run_dir} was run with other settings of {', '.join(changed)}: use its own, or a new run_dir")
-        return latest_checkpoint(run_dir / "checkpoints")
-    if accelerator.is_main_process:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(config), written)
-    accelerator.wait_for_everyone()
-    return None
+    with _locked(run_dir) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process and not (run_dir / "config.yaml").is_file():
+            (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        yield
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:  # the kernel drops the lock with the process, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another run is at work in {run_dir}: wait for its end, or use a new run_dir"
+            ) from None
+        yield

@@ -11,8 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,3 +94,30 @@ def launch_tool(tmp_path: Path) -> Callable[..., Completed]:
         return run_command([*launcher(processes), *_absolute(command)], cwd, **options)
 
     return launch
+
+
+@pytest.fixture
+def compose() -> Callable[..., Any]:
+    """`compose("data=parquet", "steps=3")`: the configuration that tools/pretrain_cpc.py gets from these arguments."""
+    import hydra
+
+    import cpc.pretrain  # noqa: F401  # registers the schema and the resolver
+    from cpc.configs import config_folder
+
+    def composed(*overrides: str) -> Any:
+        with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
+            return hydra.compose("pretrain_cpc", list(overrides))
+
+    return composed
+
+
+@pytest.fixture
+def as_a_new_process() -> Iterator[None]:
+    """Accelerate's state is one a process: forget it, and the number of threads, after a test that starts it."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -237,6 +237,22 @@ def test_the_composition_is_torchvisions() -> None:
     torch.testing.assert_close(affine(images, matrix), expected, atol=1e-4, rtol=0)
 
 
+def test_the_matrix_is_the_product_of_its_parts() -> None:
+    """Reading from shear @ turn @ (position - shift) / scale, multiplied out a matrix at a time in float64."""
+    u = randomness(50).uniform("level", 6, low=-1, high=1).double()
+    angle, shear_x, shear_y, shift_x, shift_y, log_scale = u.unbind(1)
+    matrix = affine_matrix(
+        angle=90 * angle, shear_x=shear_x, shear_y=shear_y, shift_x=shift_x, shift_y=shift_y, scale=log_scale.exp()
+    )
+    for i in range(50):
+        a = math.radians(90 * angle[i])
+        turn = torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]], dtype=torch.float64)
+        shear = torch.tensor([[1, shear_x[i]], [shear_y[i], 1]], dtype=torch.float64)
+        linear = shear @ turn / log_scale[i].exp()
+        torch.testing.assert_close(matrix[i, :, :2], linear)
+        torch.testing.assert_close(matrix[i, :, 2], -linear @ torch.stack([shift_x[i], shift_y[i]]))
+
+
 def test_a_shear_is_pils() -> None:
     """PIL's AFFINE reads row y from x + slope y, about the corner; ours about the centre: a shift of slope centre."""
     images = pictures(1, h=21, w=21)
@@ -259,10 +275,13 @@ def test_a_whole_shift_moves_pixels_and_fills() -> None:
 
 
 def test_crops_read_their_windows() -> None:
-    images, top, left = pictures(), torch.arange(8), torch.arange(8).flip(0)
-    crops = geometry.crop(images, top, left, (12, 10))
-    for i in range(8):
-        assert torch.equal(crops[i], images[i, :, i : i + 12, 7 - i : 17 - i])
+    for h, w in ((20, 17), (19, 33)):
+        images, top, left = pictures(h=h, w=w), torch.arange(8), torch.arange(8).flip(0)
+        crops = geometry.crop(images, top, left, (12, 10))
+        for i in range(8):
+            assert torch.equal(crops[i], images[i, :, i : i + 12, 7 - i : 17 - i])
+        beyond = geometry.crop(images, top + h - 2, left * 0 + w - 1, (4, 3))
+        assert torch.equal(beyond[7], images[7, :, -1:, -1:].expand(3, 4, 3))
 
 
 def test_a_resized_crop_is_torchvisions() -> None:
@@ -429,9 +448,10 @@ def test_affine_jitter_stays_in_its_ranges() -> None:
     mass = moved.sum((1, 2, 3))
     assert (mass / disc[0].sum()).sqrt().amin() == pytest.approx(0.8, abs=0.03)
     assert (mass / disc[0].sum()).sqrt().amax() == pytest.approx(1.2, abs=0.03)
-    for axis in (x, y):
-        shift = (moved[:, 0] * axis).sum((1, 2)) / mass
+    shifts = torch.stack([(moved[:, 0] * axis).sum((1, 2)) / mass for axis in (x, y)])
+    for shift in shifts:
         assert stats.kstest((shift / 41).numpy(), "uniform", args=(-0.1, 0.2)).pvalue > 1e-3
+    assert torch.corrcoef(torch.stack([*shifts, mass])).triu(1).abs().max() < 5 / 20  # each drawn on its own
 
 
 # --- AutoAugment's primitives
@@ -485,35 +505,40 @@ def test_levels_fill_autoaugments_ranges(name: str, low: float, high: float) -> 
     assert shrunk.max() - shrunk.min() == pytest.approx((high - low) / 2, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("name", "reference"),
-    [
-        ("ShearX", lambda x, v: affine(x, affine_matrix(shear_x=v), 0.5)),
-        ("ShearY", lambda x, v: affine(x, affine_matrix(shear_y=v), 0.5)),
-        ("TranslateX", lambda x, v: affine(x, affine_matrix(shift_x=v * 24), 0.5)),
-        ("TranslateY", lambda x, v: affine(x, affine_matrix(shift_y=v * 20), 0.5)),
-        ("Rotate", lambda x, v: affine(x, affine_matrix(angle=v), 0.5)),
-        ("AutoContrast", lambda x, v: colour.auto_contrast(x)),
-        ("Invert", lambda x, v: 1 - x),
-        ("Equalize", lambda x, v: colour.equalize(x)),
-        ("Solarize", colour.solarize),
-        ("Posterize", lambda x, v: colour.posterize(x, v.round())),
-        ("Contrast", colour.contrast),
-        ("Color", colour.saturation),
-        ("Brightness", colour.brightness),
-        ("Sharpness", colour.sharpen),
-    ],
-)
-def test_a_mixed_draw_is_each_operation_alone(name: str, reference: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Grouping, sorting and the shared resampling change nothing: each image is its own operation at its own level."""
-    images, module = pictures(300, w=24), AutoAugmentPrimitives(1)
-    numbers = randomness(300)
-    mine = numbers.integers("primitives/operation", 15, 1)[:, 0] == AUTOAUGMENT.index(name)
-    level = module._levels(
-        torch.full((300,), AUTOAUGMENT.index(name)), numbers.uniform("primitives/numbers", 1, 3)[:, 0, 0]
-    )
-    assert mine.sum() >= 5
-    torch.testing.assert_close(module(images, numbers)[mine], reference(images[mine], level[mine]), atol=1e-6, rtol=0)
+REFERENCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # images n c 20 24, level n, place n 2
+    "ShearX": lambda x, level, place: affine(x, affine_matrix(shear_x=level), 0.5),
+    "ShearY": lambda x, level, place: affine(x, affine_matrix(shear_y=level), 0.5),
+    "TranslateX": lambda x, level, place: affine(x, affine_matrix(shift_x=level * 24), 0.5),
+    "TranslateY": lambda x, level, place: affine(x, affine_matrix(shift_y=level * 20), 0.5),
+    "Rotate": lambda x, level, place: affine(x, affine_matrix(angle=level), 0.5),
+    "AutoContrast": lambda x, level, place: colour.auto_contrast(x),
+    "Invert": lambda x, level, place: 1 - x,
+    "Equalize": lambda x, level, place: colour.equalize(x),
+    "Solarize": lambda x, level, place: colour.solarize(x, level),
+    "Posterize": lambda x, level, place: colour.posterize(x, level.round()),
+    "Contrast": lambda x, level, place: colour.contrast(x, level),
+    "Color": lambda x, level, place: colour.saturation(x, level),
+    "Brightness": lambda x, level, place: colour.brightness(x, level),
+    "Sharpness": lambda x, level, place: colour.sharpen(x, level),
+    "Cutout": lambda x, level, place: geometry.cut_out(x, place[:, 0], place[:, 1], level, 0.5),
+}
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3])
+@pytest.mark.parametrize("operations", [AUTOAUGMENT, ("Invert", "Rotate"), ("Cutout", "Color"), ("ShearX",)])
+def test_a_mixed_draw_is_each_images_operations_in_turn(draws: int, operations: tuple[str, ...]) -> None:
+    """Sorting, grouping and the shared resampling change nothing: an image at a time, in order, gives the same."""
+    images, module = pictures(150, w=24), AutoAugmentPrimitives(draws, operations)
+    which = randomness(150).integers("primitives/operation", len(module.operations), draws)
+    numbers = randomness(150).uniform("primitives/numbers", draws, 3)
+    expected = images.clone()
+    for draw in range(draws):
+        level = module._levels(which[:, draw], numbers[:, draw, 0])
+        for i in range(150):
+            reference = REFERENCES[module.operations[which[i, draw]]]
+            expected[i : i + 1] = reference(expected[i : i + 1], level[i : i + 1], numbers[i : i + 1, draw, 1:])
+    assert len(which.unique()) == len(operations)
+    torch.testing.assert_close(module(images, randomness(150)), expected, atol=1e-5, rtol=0)
 
 
 def test_pairing_mixes_in_another_image() -> None:
@@ -597,6 +622,16 @@ def test_the_global_generator_is_not_used(build: Callable[[float], nn.Module]) -
     state = torch.get_rng_state()
     build(1.0)(pictures(8), randomness(8))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@each_module
+def test_no_operation_mixes_devices_or_waits_for_one(build: Callable[[float], nn.Module]) -> None:
+    """The meta device stands in for a GPU: it refuses tensors from the CPU, and has no values to wait for."""
+    images = torch.empty(16, 3, 20, 20, device="meta")
+    for probability in (0.5, 1.0):
+        changed = build(probability)(images, randomness(16))
+        assert changed.is_meta
+        assert changed.shape == images.shape
 
 
 class Recorder(Randomness):

@@ -16,6 +16,7 @@ PACKAGES = ("contrastive_core", "cpc")
 # Only these may know hydra: each turns a command line into objects, and hands those down.
 ENTRY_POINTS = {
     "cpc/demo.py",
+    "cpc/entry.py",
     "cpc/evaluate.py",
     "cpc/finetune.py",
     "cpc/pretrain.py",

@@ -165,6 +165,14 @@ def test_recipes_keep_shape_and_range(recipe: Callable[[], PatchAugment], size: 
     assert torch.equal(patches, before)
 
 
+@pytest.mark.parametrize("operations", [AUTOAUGMENT, SIXTEEN])
+def test_the_device_is_neither_left_nor_waited_for(operations: Sequence[str]) -> None:
+    patches = torch.empty(8, 6, 6, 3, 12, 12, device="meta")  # refuses tensors from the CPU, and has no values
+    augmented = patch_augment_v2(**EVERYTHING, operations=operations)(patches, randomness(8))
+    assert augmented.is_meta
+    assert augmented.shape == patches.shape
+
+
 def test_digits_take_one_channel_and_stay_dark_where_they_are() -> None:
     dark = torch.zeros(4, 3, 3, 1, 8, 8)
     assert not patch_augment_digits(noise=0.0, primitives=2)(dark, randomness(4)).any()
@@ -213,6 +221,19 @@ def test_v2_is_the_papers_list_in_its_order() -> None:
     assert [step.probability for step in steps[1:]] == [0.2, 0.2, 0.8, 0.25, 1.0]
     assert steps[0].draws == 2
     assert steps[0].operations == tuple(name for name in SIXTEEN if name != "SamplePairing")
+
+
+def test_v1_is_jitter_on_grey_images() -> None:
+    patches = equal_patches(4, size=64)
+    augmented = patch_augment_v1()(patches, randomness(4))
+    assert torch.equal(augmented[:, :, :, 0], augmented[:, :, :, 2])
+    window = augmented[..., 2:62, 2:62]
+    windows = RandomGrey(1.0)(patches[0, 0, :1], randomness(1)).unfold(2, 60, 1).unfold(3, 60, 1)[0, 0]  # 5 5 60 60
+    matches = (window[:, :, :, 0, None, None] == windows).flatten(5).all(5)  # b rows cols 5 5
+    assert torch.equal(matches.sum((3, 4)), torch.ones(4, 6, 6, dtype=torch.int64))
+    assert (matches.sum((0, 1, 2)) > 0).all(), "every one of the 25 places is used"
+    assert [type(step) for step in patch_augment_v1(1.0, 0.0, 1.0).steps] == [ChannelDrop]
+    assert len(patch_augment_v1(1.0, 0.0).steps) == 0
 
 
 def test_samplepairings_partner_is_of_another_image() -> None:

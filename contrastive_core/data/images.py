@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 
     image: Tensor
     label: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks a sample for
     fault: str = ""
 
 
@@ -63,7 +63,7 @@ def decode_square(encoded: Encoded, size: int) -> np.ndarray:
         image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
         # JPEG can decode at 1/2, 1/4 or 1/8 of its size, several times as fast; twice the size we need leaves the
         # antialiasing to our own filter
-        image.draft(None, (2 * size, 2 * size))  # type: ignore[no-untyped-call]
+        image.draft(None, (2 * size, 2 * size))
         image = ImageOps.exif_transpose(image)
     return np.asarray(_centre_square(_as_rgb(image), size))
 

@@ -131,7 +131,8 @@ def evaluation_batches(dataset: ImageDataset, *, batch_size: int, workers: int =
     order = torch.arange(len(dataset)).split(batch_size)
     for wanted, batch in zip(order, _load(dataset, iter(order), workers), strict=True):
         decodable = batch.indices == wanted  # a stand-in has another index: its image has its own turn
-        yield LoadedBatch(*(part[decodable] for part in batch[:3]), batch.indices[decodable], batch.faults)
+        indices = batch.indices[decodable]
+        yield LoadedBatch(batch.images[decodable], batch.labels[decodable], indices, indices, batch.faults)
 
 
 def _load(dataset: ImageDataset, indices: Iterator[Tensor], workers: int) -> Iterator[LoadedBatch]:
@@ -141,7 +142,7 @@ def _load(dataset: ImageDataset, indices: Iterator[Tensor], workers: int) -> Ite
         return (_stack([dataset[i] for i in chosen.tolist()]) for chosen in indices)
     loader = DataLoader(
         dataset,
-        batch_sampler=_Lists(indices),  # type: ignore[arg-type]
+        batch_sampler=_Lists(indices),
         num_workers=workers,  # torch gives each worker one thread
         collate_fn=_stack,
         generator=torch.Generator(),  # else the loader draws from the global one, and workers=0 does not
@@ -211,6 +212,6 @@ class BadImages:
                 logger.warning("bad image left out: %s", fault)
         if self.bad > self.limit_share * max(self.seen, self.grace):
             raise TooManyBadImages(
-                f"{self.bad} of {self.seen} images seen cannot be decoded, more than the accepted {self.limit_share:.2%} "
-                f"(the last: {faults[-1] if faults else 'none'}): mend the data or raise the limit"
+                f"{self.bad} of {self.seen} images seen cannot be decoded, more than the accepted "
+                f"{self.limit_share:.2%} (see the log for their names): mend the data or raise the limit"
             )

@@ -55,15 +55,12 @@ def mnist5k(size: int = 28, cache: bool = True) -> Splits:
     """
     images, labels = _bundled_digits()
     train, test = split_by_hash(images, labels, test_per_class=100)
-    parts = (
-        ImageDataset(images[part], size=size, labels=labels[part].tolist(), names=_digit_names(part))
-        for part in (train, test)
-    )
-    return _splits(*parts, cache)
+    return _splits(_digits(images, labels, train, size), _digits(images, labels, test, size), cache)
 
 
-def _digit_names(rows: np.ndarray) -> list[str]:
-    return [f"mnist5k row {row}" for row in rows]
+def _digits(images: np.ndarray, labels: np.ndarray, rows: np.ndarray, size: int) -> ImageDataset:
+    names = [f"mnist5k row {row}" for row in rows]
+    return ImageDataset(images[rows], size=size, labels=labels[rows].tolist(), names=names)
 
 
 def _bundled_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +86,8 @@ def split_by_hash(images: np.ndarray, labels: np.ndarray, *, test_per_class: int
     """
     digests = [hashlib.sha256(image.tobytes()).digest() for image in images]
     by_hash = sorted(range(len(images)), key=lambda row: (digests[row], labels[row]))
-    train, test = [], []
+    train: list[int] = []
+    test: list[int] = []
     taken = dict.fromkeys(labels.tolist(), 0)
     for row in by_hash:
         label = int(labels[row])
@@ -110,7 +108,7 @@ def parquet(
     `image` holds encoded bytes, or a struct {bytes, path} as Hugging Face writes it (path, relative to the file,
     where bytes are null); `label` holds integers from 0, null or -1 = unlabelled. The encoded bytes are kept in memory.
 
-    Raises FileNotFoundError, and ValueError that names the columns there are when `image` is missing or of another type.
+    Raises FileNotFoundError, and ValueError that names the columns there are when `image` is missing, or its type.
     """
     tables = [
         _read_parquet(files, argument) for files, argument in ((train, "data.train"), (test, "data.test")) if files

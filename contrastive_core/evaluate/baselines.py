@@ -47,7 +47,7 @@ def svm_probe(
 
 
 def logistic_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Probe:
-    """`linear_probe` for pixels: all divided by one deviation (on digits at 100 labels 3 points better than by each's)."""
+    """`linear_probe` for pixels, all divided by one deviation: 3 points better than each by its own at 100 digits."""
     return linear_probe(train_x, train_y, test_x, test_y, per_feature=False)
 
 
@@ -70,8 +70,8 @@ def thumbnail_features(images: Tensor, *, side: int = 8, bins: int = 8) -> Tenso
     """A small RGB thumbnail beside a colour histogram: images `n 3 h w` uint8 -> `n (3 side side + bins^3)`.
 
     The thumbnail is averaged from the pixels, in [0, 1]. The histogram counts colours in `bins` x `bins` x `bins`
-    boxes; what stands in the features is twice the square root of each share (the Hellinger kernel; the factor gives
-    ridge regression on CIFAR-10 most: 0.343 at 500 labels, against 0.335 without, and 0.315 with a histogram a channel).
+    boxes; what stands in the features is twice the square root of each share: the Hellinger kernel, weighted so that
+    ridge regression gets most out of CIFAR-10: 0.343 at 500 labels, 0.335 unweighted, 0.315 with one a channel.
 
     Example: a black image gives zeros, and 2 in the first box.
     """

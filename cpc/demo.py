@@ -1,0 +1,116 @@
+"""`make demo`: the main job on the bundled digits, then how good the encoder is, in a table and three pictures.
+
+With 100 labels (10 a class), a linear probe on the frozen latents is held against the same encoder at random
+initialisation and against logistic regression and a Gaussian support vector machine on the pixels. All set
+themselves by cross-validation on the same 100 labels; test images are used for nothing but the final number.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from contrastive_core.data import ImageDataset, Splits, evaluation_batches
+from contrastive_core.evaluate.baselines import pixel_features, svm_probe
+from contrastive_core.evaluate.features import extract_features
+from contrastive_core.evaluate.linear import label_draws, linear_probe
+from contrastive_core.evaluate.report import LabelledFeatures, few_label_row
+from contrastive_core.plots import format_table, plot_confusion, plot_loss, plot_retrieval
+from contrastive_core.run_log import read_metrics
+from cpc.entry import build, command
+from cpc.features import FrozenEncoder, load_encoder, untrained_encoder
+from cpc.pretrain import PretrainSchema, pretrain
+
+
+def latents_of(encoder: FrozenEncoder, splits: Splits) -> LabelledFeatures:
+    """Latent grids of training and test images."""
+    assert splits.test is not None
+    return LabelledFeatures(*extract_features(encoder, splits.train), *extract_features(encoder, splits.test))
+
+
+def pixels_of(splits: Splits) -> LabelledFeatures:
+    """The pixels themselves, `n d` in 0..1."""
+
+    def both(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
+        batches = list(evaluation_batches(dataset, batch_size=1000))
+        images = torch.cat([batch.images for batch in batches])
+        return pixel_features(images), torch.cat([batch.labels for batch in batches])
+
+    assert splits.test is not None
+    return LabelledFeatures(*both(splits.train), *both(splits.test))
+
+
+def few_label_rows(run_dir: Path, splits: Splits, *, per_class: int = 10, draws: int = 5) -> list[dict[str, Any]]:
+    """Accuracy with few labels: the trained encoder, the untrained one, and the pixels."""
+    encoders = {
+        "CPC": load_encoder(run_dir, readout="grid"),
+        "random encoder": untrained_encoder(run_dir, readout="grid"),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, encoder in encoders.items():
+        latents = latents_of(encoder, splits)
+        for cells, readout in ((2, "2x2-pooled"), (1, "mean-pooled")):
+            row = few_label_row(latents.pooled(cells), per_class, draws)
+            rows.append({"features": f"{name}, {readout}", "probe": "logistic regression", **row})
+    for probe, classifier in (("logistic regression", linear_probe), ("Gaussian SVM", svm_probe)):
+        row = few_label_row(pixels_of(splits), per_class, draws, classifier)
+        rows.append({"features": "pixels", "probe": probe, **row})
+    return rows
+
+
+def draw_pictures(run_dir: Path, splits: Splits, *, per_class: int = 10) -> list[Path]:
+    """Loss curve, confusions with few labels, and the nearest training images of some test images."""
+    assert splits.test is not None
+    paths = [run_dir / name for name in ("loss.png", "confusion.png", "retrieval.png")]
+    plot_loss(read_metrics(run_dir), paths[0])
+
+    features = latents_of(load_encoder(run_dir, readout="grid"), splits).pooled(2)
+    (chosen,) = label_draws(features.train_labels, per_class, draws=1, seed=0)
+    few = features._replace(train=features.train[chosen], train_labels=features.train_labels[chosen])
+    plot_confusion(features.test_labels, linear_probe(*few).predictions, paths[1], splits.train.class_names)
+
+    (queries,) = label_draws(features.test_labels, 1, draws=1, seed=0)
+    queries = queries[features.test_labels[queries].argsort()]
+    centred = [part - features.train.mean(0) for part in (features.test[queries], features.train)]
+    scores = torch.nn.functional.normalize(centred[0]) @ torch.nn.functional.normalize(centred[1]).T
+    nearest = scores.topk(8).indices
+    neighbours = torch.stack([torch.stack([splits.train[int(i)].image for i in row]) for row in nearest])
+    plot_retrieval(
+        torch.stack([splits.test[int(i)].image for i in queries]),
+        neighbours,
+        paths[2],
+        query_labels=features.test_labels[queries],
+        neighbour_labels=features.train_labels[nearest],
+        class_names=splits.train.class_names,
+    )
+    return paths
+
+
+def demo(cfg: DictConfig) -> Path:
+    """Pre-train, evaluate, draw; returns the run's folder."""
+    run_dir = pretrain(cfg)
+    splits: Splits = build(cfg.data)
+    rows = few_label_rows(run_dir, splits)
+    (run_dir / "evaluation.json").write_text(json.dumps({"run": str(run_dir), "rows": rows}, indent=1) + "\n")
+    pictures = draw_pictures(run_dir, splits)
+
+    assert splits.test is not None
+    shown = [{key: value for key, value in row.items() if key != "draws"} for row in rows]
+    print(f"\nAccuracy on {len(splits.test)} test images, mean and deviation over {len(rows[0]['draws'])} label draws:\n")
+    print(format_table(shown))
+    print("\npictures:")
+    for picture in pictures:
+        print(f"  {picture}")
+    print(f"everything: {run_dir}")
+    return run_dir
+
+
+main = command("pretrain_cpc", demo, schema=PretrainSchema)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,424 @@
+"""Features, nearest neighbours, linear probes and pixel baselines against slow or known answers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from contrastive_core.data import BadImages, ImageDataset, TooManyBadImages
+from contrastive_core.evaluate import knn, linear
+from contrastive_core.evaluate.baselines import (
+    logistic_probe,
+    pixel_features,
+    ridge_probe,
+    svm_probe,
+    thumbnail_features,
+)
+from contrastive_core.evaluate.features import extract_features, pool_grid
+from contrastive_core.evaluate.knn import knn_accuracy, knn_predictions
+from contrastive_core.evaluate.linear import (
+    few_label_accuracy,
+    folds_of,
+    label_draws,
+    linear_probe,
+    paper_linear_probe,
+    standardise,
+)
+
+
+def arrays(count: int, bad: tuple[int, ...] = ()) -> ImageDataset:
+    """Image i has value i everywhere and label i % 3."""
+    images: list = [np.full((8, 8, 3), i, np.uint8) for i in range(count)]
+    for i in bad:
+        images[i] = b""
+    return ImageDataset(images, size=8, labels=[i % 3 for i in range(count)])
+
+
+def blobs(per_class: int, dim: int = 6, classes: int = 3, spread: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Points around the first axes, `spread` wide."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(classes).repeat(per_class)
+    return torch.eye(classes, dim)[labels] + spread * torch.randn(len(labels), dim, generator=generator), labels
+
+
+# --- features ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 4, 256])
+def test_features_are_those_of_each_image_in_order(batch_size: int, cache: bool) -> None:
+    dataset = arrays(10).cached() if cache else arrays(10)
+    features, labels = extract_features(lambda images: images.mean((2, 3)), dataset, batch_size=batch_size)
+    assert torch.allclose(features, torch.arange(10)[:, None].expand(10, 3) / 255)
+    assert torch.equal(labels, torch.arange(10) % 3)
+
+
+def test_grids_keep_their_shape_and_no_gradient() -> None:
+    encoder = nn.Conv2d(3, 5, 4, 4)
+    features, _ = extract_features(lambda images: encoder(images).permute(0, 2, 3, 1), arrays(3))
+    assert features.shape == (3, 2, 2, 5)
+    assert not features.requires_grad
+    assert not features.is_inference()
+
+
+def test_a_module_is_in_eval_mode_meanwhile_and_as_it_was_afterwards() -> None:
+    encoder = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Dropout(0.5))
+    encoder[2].eval()
+    features, _ = extract_features(encoder, arrays(4))
+    assert torch.allclose(features, torch.arange(4)[:, None].expand(4, 192) / 255 / math.sqrt(1 + 1e-5))
+    assert [module.training for module in encoder] == [True, True, False]
+    assert int(encoder[1].num_batches_tracked) == 0
+
+
+def test_autocast_gives_float32_near_the_full_precision() -> None:
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    exact, _ = extract_features(encoder, arrays(5))
+    near, _ = extract_features(encoder, arrays(5), autocast=torch.bfloat16)
+    assert near.dtype == torch.float32
+    assert not torch.equal(near, exact)
+    assert torch.allclose(near, exact, atol=1e-2)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_bad_images_are_left_out_never_replaced(cache: bool, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = arrays(10, bad=(0, 5))
+    bad_images = BadImages()
+    with caplog.at_level(logging.WARNING):
+        features, labels = extract_features(
+            lambda images: images[:, 0, 0, 0],
+            dataset.cached() if cache else dataset,
+            batch_size=1,
+            bad_images=bad_images,
+        )
+    assert torch.allclose(features * 255, torch.tensor([1.0, 2, 3, 4, 6, 7, 8, 9]))
+    assert labels.tolist() == [1, 2, 0, 1, 0, 1, 2, 0]
+    assert (bad_images.bad, bad_images.seen) == (2, 10)
+    assert "evaluated on 8 of 10 images" in caplog.text
+    with pytest.raises(TooManyBadImages):
+        extract_features(lambda images: images, dataset, bad_images=BadImages(0.1, grace=1))
+
+
+def test_pooling_a_grid_in_closed_form() -> None:
+    grid = torch.arange(1.0, 5).view(1, 2, 2, 1)
+    assert pool_grid(grid, 1).tolist() == [[2.5]]
+    assert pool_grid(grid, 2).tolist() == [[1, 2, 3, 4]]
+    latents = torch.randn(3, 4, 6, 5)
+    assert torch.allclose(pool_grid(latents, 1), latents.mean((1, 2)), atol=1e-6)
+    cells = pool_grid(latents, 2).view(3, 2, 2, 5)
+    assert torch.allclose(cells[:, 1, 0], latents[:, 2:, :3].mean((1, 2)), atol=1e-6)
+    overlapping = pool_grid(latents[:, :3, :3], 2).view(3, 2, 2, 5)
+    assert torch.allclose(overlapping[:, 0, 1], latents[:, :2, 1:3].mean((1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "cells"), [((2, 3, 4), 1), ((2, 2, 4, 5), 3), ((2, 4, 4, 5), 0)])
+def test_grids_that_do_not_fit(shape: tuple[int, ...], cells: int) -> None:
+    with pytest.raises(ValueError, match="pass `b rows cols d`"):
+        pool_grid(torch.zeros(shape), cells)
+
+
+# --- nearest neighbours -----------------------------------------------------------------------------------------
+
+
+def slow_knn(train: Tensor, labels: Tensor, test: Tensor, neighbours: int, temperature: float) -> list[int]:
+    """Wu et al. 2018, section 3.4, one pair at a time."""
+    predictions = []
+    for query in test.double():
+        similarity = [float(query @ key / (query.norm() * key.norm())) for key in train.double()]
+        nearest = sorted(range(len(train)), key=lambda i: -similarity[i])[:neighbours]
+        votes = [0.0] * (int(labels.max()) + 1)
+        for i in nearest:
+            votes[int(labels[i])] += math.exp(similarity[i] / temperature)
+        predictions.append(votes.index(max(votes)))
+    return predictions
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 24])
+@pytest.mark.parametrize(("neighbours", "temperature"), [(1, 0.1), (5, 0.1), (20, 0.07), (7, 10.0)])
+def test_knn_is_the_slow_double_loop(
+    neighbours: int, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knn, "LARGEST_TABLE", chunk)
+    generator = torch.Generator().manual_seed(neighbours)
+    train, test = torch.randn(60, 5, generator=generator), torch.randn(30, 5, generator=generator)
+    labels = torch.randint(0, 4, (60,), generator=generator)
+    predictions = knn_predictions(train, labels, test, neighbours=neighbours, temperature=temperature)
+    assert predictions.tolist() == slow_knn(train, labels, test, neighbours, temperature)
+
+
+def test_each_is_its_own_nearest() -> None:
+    features, labels = blobs(10, spread=0.5)
+    assert knn_accuracy(features, labels, 3 * features, labels, neighbours=1) == 1.0
+    assert knn_accuracy(features, labels, features, (labels + 1) % 3, neighbours=1) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_knn_in_any_float_type_with_zero_vectors_and_a_sharp_temperature(dtype: torch.dtype) -> None:
+    features, labels = blobs(10, spread=0.05)
+    features[0] = 0
+    accuracy = knn_accuracy(features.to(dtype), labels, features[1:].to(dtype), labels[1:], temperature=0.001)
+    assert accuracy == 1.0
+    assert knn_predictions(features.to(dtype), labels, torch.zeros(2, 6, dtype=dtype), neighbours=500).shape == (2,)
+
+
+def test_more_neighbours_than_rows_takes_all() -> None:
+    features, labels = blobs(2)
+    assert torch.equal(
+        knn_predictions(features, labels, features, neighbours=100),
+        knn_predictions(features, labels, features, neighbours=6),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_labels": torch.zeros(5)}, "pass n d, n, m d"),
+        ({"test_features": torch.zeros(4, 3)}, "pass n d, n, m d"),
+        ({"train_features": torch.zeros(6, 2, 3)}, "pass n d, n, m d"),
+        ({"train_labels": torch.tensor([0, 1, 2, -1, -1, 0])}, "2 training labels are negative"),
+        ({"test_features": torch.full((2, 6), math.nan)}, "NaN or infinity"),
+        ({"neighbours": 0}, "neighbours 0"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+    ],
+)
+def test_knn_says_what_does_not_fit(change: dict, message: str) -> None:
+    features, labels = blobs(2)
+    with pytest.raises(ValueError, match=message):
+        knn_predictions(**{"train_features": features, "train_labels": labels, "test_features": features, **change})
+    with pytest.raises(ValueError, match="pass one each"):
+        knn_accuracy(features, labels, features, labels[1:])
+
+
+# --- linear probes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classifier", [linear_probe, logistic_probe, svm_probe, ridge_probe])
+def test_separable_classes_are_told_apart(classifier: linear.Classifier) -> None:
+    train, test = blobs(20), blobs(30, seed=1)
+    probe = classifier(*train, *test)
+    assert probe.accuracy == 1.0
+    assert torch.equal(probe.predictions, test[1])
+    assert probe.predictions.dtype == torch.int64
+    assert probe.regularisation > 0
+
+
+@pytest.mark.parametrize("classifier", [linear_probe, logistic_probe, svm_probe, ridge_probe])
+def test_the_test_labels_have_no_influence(classifier: linear.Classifier) -> None:
+    train, (test, labels) = blobs(10, spread=0.6), blobs(30, spread=0.6, seed=1)
+    one, other = classifier(*train, test, labels), classifier(*train, test, labels.flip(0))
+    assert torch.equal(one.predictions, other.predictions)
+    assert one.regularisation == other.regularisation
+    assert one.accuracy == (one.predictions == labels).double().mean().item()
+
+
+@pytest.mark.parametrize("classifier", [linear_probe, svm_probe, ridge_probe])
+def test_the_settings_are_chosen_without_a_look_at_the_test_rows(classifier: linear.Classifier) -> None:
+    train, test = blobs(10, spread=0.6), blobs(30, spread=0.6, seed=1)
+    first = classifier(*train, *test)
+    alone = [classifier(*train, test[0][i : i + 1], test[1][i : i + 1]) for i in range(5)]
+    assert all(probe.regularisation == first.regularisation for probe in alone)
+    assert [int(probe.predictions) for probe in alone] == first.predictions[:5].tolist()
+
+
+def test_only_training_rows_are_ever_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    original = linear._logistic_regression
+
+    def watched(regularisation: float):  # type: ignore[no-untyped-def]
+        model = original(regularisation)
+        fit = model.fit
+        model.fit = lambda x, y: seen.append((x, y)) or fit(x, y)
+        return model
+
+    monkeypatch.setattr(linear, "_logistic_regression", watched)
+    train, test = blobs(10, spread=0.3), blobs(5, spread=0.3, seed=1)
+    linear_probe(*train, *test)
+    rows = {row.tobytes() for row in standardise(train[0], test[0])[0]}
+    assert len(seen) > 10
+    assert all(row.tobytes() in rows for x, _ in seen for row in x)
+    assert [len(y) for _, y in seen][-1] == 30
+    assert {len(y) for _, y in seen[:-1]} == {24}
+
+
+def test_the_optimum_is_the_one_of_slow_double_precision() -> None:
+    """Gradient of the stated objective at what came out, in float64."""
+    train, test = blobs(40, spread=1.0), blobs(10, seed=1)
+    x, _ = standardise(train[0], test[0])
+    model = linear._logistic_regression(2.0).fit(x, train[1].numpy())
+    weight, bias = (
+        torch.tensor(part, dtype=torch.float64, requires_grad=True) for part in (model.coef_, model.intercept_)
+    )
+    logits = torch.from_numpy(x).double() @ weight.T + bias
+    loss = nn.functional.cross_entropy(logits, train[1], reduction="sum") + weight.square().sum()
+    for gradient in torch.autograd.grad(loss, (weight, bias)):
+        assert gradient.abs().max() < 2e-2, "next to a loss of about 90"
+
+
+def test_noisy_labels_want_a_strong_regulariser_and_clean_ones_a_weak_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 30, generator=generator)
+    clean, noise = (x[:, 0] > 0).long(), torch.randint(0, 2, (200,), generator=generator)
+    weak, strong = linear_probe(x, clean, x, clean), linear_probe(x, noise, x, noise)
+    assert weak.accuracy > 0.95
+    assert strong.regularisation > 100 * weak.regularisation
+
+
+def test_the_probe_is_deterministic_and_leaves_the_generators_alone() -> None:
+    train, test = blobs(10, spread=0.6), blobs(30, spread=0.6, seed=1)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    assert linear_probe(*train, *test).accuracy == linear_probe(*train, *test).accuracy
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+def test_labels_need_not_be_consecutive_and_features_may_be_constant() -> None:
+    features, labels = blobs(10)
+    features[:, 5] = 4.0
+    probe = linear_probe(features.half(), 3 * labels + 1, features.half(), 3 * labels + 1)
+    assert probe.accuracy == 1.0
+
+
+def test_one_label_a_class_takes_the_middle_strength() -> None:
+    features, labels = blobs(1)
+    probe = linear_probe(features, labels, features, labels, regularisations=(1.0, 100.0, 10.0))
+    assert probe.regularisation == 10.0
+    assert probe.accuracy == 1.0
+
+
+def test_many_rows_hold_out_one_part() -> None:
+    labels = np.arange(6000) % 3
+    ((fit, held),) = folds_of(labels, 5, 0)
+    assert (len(fit), len(held)) == (4800, 1200)
+    assert not set(fit) & set(held)
+    assert np.bincount(labels[held]).tolist() == [400] * 3
+    ((fit, held),) = folds_of(np.arange(50_000) % 10, 5, 0)
+    assert (len(fit), len(held)) == (8000, 2000)
+    parts = folds_of(labels[:90], 5, 0)
+    assert sorted(np.concatenate([held for _, held in parts])) == list(range(90))
+
+
+@pytest.mark.parametrize("classifier", [linear_probe, svm_probe, ridge_probe])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_y": torch.zeros(5)}, "pass n d, n, m d, m"),
+        ({"test_y": torch.zeros(5)}, "pass n d, n, m d, m"),
+        ({"test_x": torch.zeros(6, 4)}, "pass n d, n, m d, m"),
+        ({"train_y": torch.full((6,), 1)}, "two classes or more"),
+        ({"train_y": torch.tensor([0, 1, 2, -1, 0, 1])}, "no unlabelled rows"),
+        ({"train_x": torch.full((6, 6), math.inf)}, "NaN or infinity"),
+    ],
+)
+def test_probes_say_what_does_not_fit(classifier: linear.Classifier, change: dict, message: str) -> None:
+    features, labels = blobs(2)
+    rows = {"train_x": features, "train_y": labels, "test_x": features, "test_y": labels, **change}
+    with pytest.raises(ValueError, match=message):
+        classifier(*rows.values())
+
+
+def test_a_strength_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="all above 0"):
+        linear_probe(*blobs(2), *blobs(2), regularisations=(0.0, 1.0))
+
+
+def grids(per_class: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    features, labels = blobs(4 * per_class, spread=0.7, seed=seed)
+    order = labels.argsort(stable=True)
+    return features[order].view(3 * per_class, 2, 2, 6), labels[order].view(-1, 4)[:, 0].contiguous()
+
+
+def test_the_papers_probe_learns_and_depends_on_its_seed_only() -> None:
+    train, test = grids(60), grids(40, seed=1)
+    before = torch.get_rng_state()
+    probe = paper_linear_probe(*train, *test, epochs=60, batch_size=32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert probe.accuracy > 0.8
+    torch.manual_seed(5)
+    assert torch.equal(paper_linear_probe(*train, *test, epochs=60, batch_size=32).predictions, probe.predictions)
+    assert paper_linear_probe(*train, *test, epochs=0).accuracy < 0.7
+
+
+def test_the_papers_probe_is_blind_to_where_and_to_the_scale_of_a_feature() -> None:
+    (train, labels), (test, test_labels) = grids(30), grids(20, seed=1)
+    scale = torch.tensor([1.0, 10, 100, 1, 1, 1])
+    probe = paper_linear_probe(train, labels, test, test_labels, epochs=5)
+    moved = paper_linear_probe(train.flip(1), labels, test.flip(2), test_labels, epochs=5)
+    scaled = paper_linear_probe(train * scale, labels, test * scale, test_labels, epochs=5)
+    assert abs(moved.accuracy - probe.accuracy) < 0.02
+    assert abs(scaled.accuracy - probe.accuracy) < 0.05
+
+
+def test_the_papers_probe_wants_grids() -> None:
+    with pytest.raises(ValueError, match="pass `n rows cols d`"):
+        paper_linear_probe(*blobs(2), *blobs(2))
+
+
+# --- few labels -------------------------------------------------------------------------------------------------
+
+
+def test_draws_are_stratified_different_and_pure() -> None:
+    labels = torch.tensor([-1, *([0, 1, 2] * 30)])
+    draws = label_draws(labels, 5, 6, seed=3)
+    for rows in draws:
+        assert labels[rows].bincount().tolist() == [5, 5, 5]
+        assert len(rows.unique()) == 15
+    assert len({tuple(rows.tolist()) for rows in draws}) == 6
+    assert all(torch.equal(a, b) for a, b in zip(draws[:2], label_draws(labels, 5, 2, seed=3), strict=True))
+    assert not torch.equal(draws[0], label_draws(labels, 5, 1, seed=4)[0])
+    assert label_draws(labels, 30, 1, seed=0)[0].tolist() == list(range(1, 91))
+
+
+@pytest.mark.parametrize("per_class", [0, 4])
+def test_too_many_labels_are_refused(per_class: int) -> None:
+    with pytest.raises(ValueError, match=f"{per_class} labels a class, the rarest of 2 classes has 3"):
+        label_draws(torch.tensor([0, 0, 0, 1, 1, 1, 1]), per_class, 1, 0)
+
+
+def test_more_labels_help_and_all_of_them_leave_nothing_to_draw() -> None:
+    train, test = blobs(50, spread=0.8), blobs(100, spread=0.8, seed=1)
+    few, more = (np.mean(few_label_accuracy(*train, *test, per_class=n)) for n in (2, 30))
+    assert few < more
+    everything = few_label_accuracy(*train, *test, per_class=50, draws=2)
+    assert everything[0] == everything[1]
+
+
+def test_any_classifier_can_be_given() -> None:
+    train, test = blobs(20), blobs(10, seed=1)
+    for classifier in (svm_probe, ridge_probe, logistic_probe):
+        assert few_label_accuracy(*train, *test, per_class=5, draws=2, classifier=classifier) == [1.0, 1.0]
+
+
+# --- baselines --------------------------------------------------------------------------------------------------
+
+
+def test_pixels_of_grey_images_count_once() -> None:
+    images = torch.randint(0, 255, (4, 1, 8, 8), dtype=torch.uint8).expand(4, 3, 8, 8)
+    assert torch.equal(pixel_features(images), images[:, 0].flatten(1) / 255)
+    coloured = torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8)
+    assert pixel_features(coloured).shape == (4, 192)
+
+
+def test_thumbnails_of_known_images() -> None:
+    images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
+    images[1] = 255
+    images[2, 0, :8] = 255  # upper half red
+    features = thumbnail_features(images)
+    assert features.shape == (3, 192 + 512)
+    assert features[0].nonzero().flatten().tolist() == [192]
+    assert features[0, 192] == features[1, -1] == 2
+    assert (features[1, :192] == 1).all()
+    assert features[2, :192].view(3, 8, 8)[0, :, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert torch.allclose(features[2, [192, 192 + 7 * 64]], torch.tensor([2.0, 2]) * 0.5**0.5)
+    assert torch.allclose(features[:, 192:].square().sum(1), torch.tensor(4.0))
+    assert thumbnail_features(images, side=2, bins=2).shape == (3, 12 + 8)
+
+
+def test_nothing_here_needs_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert extract_features(lambda images: images.mean((1, 2, 3)), arrays(2))[0].shape == (2,)
+    assert list(tmp_path.iterdir()) == []

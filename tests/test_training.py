@@ -1,0 +1,217 @@
+"""The one loop, on methods small enough to check by hand, and CPC on a handful of images."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from contrastive_core.augment import GaussianNoise
+from contrastive_core.data import ImageDataset, LoadedBatch, training_batches
+from contrastive_core.method import Batch, Method
+from contrastive_core.optim import constant
+from contrastive_core.randomness import Randomness
+from contrastive_core.training import make_batch, train_steps
+from cpc.context import ContextNetwork
+from cpc.encoders import resnet_small
+from cpc.method import CPC
+from cpc.patch_augment import PatchAugment
+from cpc.views import PatchViews
+
+pytestmark = pytest.mark.usefixtures("as_a_new_process")
+
+
+class Line(Method):
+    """loss = mean over images of (weight . view - 1)^2; it remembers what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(3, 1, bias=False)
+        nn.init.zeros_(self.encoder.weight)
+        self.progress, self.batches, self.bad_step = [], [], None
+
+    def forward(self, batch):
+        self.batches.append(batch)
+        loss = (self.encoder(batch.views[0]) - 1).square().mean()
+        if len(self.batches) == self.bad_step:
+            loss = loss / 0
+        return loss, {"seen": torch.tensor(float(len(batch.indices)))}
+
+    def after_step(self, progress):
+        self.progress.append(progress)
+
+
+def colours(images, randomness):
+    """One view: each image's mean colour, with the first number of its place added to the red."""
+    view = images.float().mean((2, 3)) / 255
+    view[:, 0] += randomness.uniform("red")
+    return (view,)
+
+
+def dataset(count=8, size=4):
+    pixels = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return ImageDataset(pixels.numpy(), size=size, labels=[i % 2 for i in range(count)]).cached()
+
+
+def run(method, *, steps=4, start=0, accumulate=1, optimizer=None, views=colours, data=None, batch_size=4, **options):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    optimizer = optimizer or torch.optim.SGD(method.parameters(), lr=0.1)
+    batches = training_batches(
+        data or dataset(), batch_size=batch_size, seed=0, start=start, steps=steps, accumulate=accumulate
+    )
+    prepared, optimizer = accelerator.prepare(method, optimizer)
+    options = {"seed": 0, "schedule": constant, **options}
+    return train_steps(prepared, optimizer, accelerator, batches, views, start=start, steps=steps, **options)
+
+
+def test_a_step_by_hand():
+    method, loaded = Line(), next(training_batches(dataset(), batch_size=4, seed=0, start=0, steps=1))[0]
+    (view,) = colours(loaded.images, Randomness(0, 0, loaded.places))
+    (result,) = run(method, steps=1, schedule=lambda progress: 0.5)
+    assert result.step == 1
+    assert result.metrics["loss"] == 1  # the weight was zero
+    assert result.metrics["lr"] == 0.05
+    torch.testing.assert_close(method.encoder.weight, 0.05 * 2 * view.mean(0, keepdim=True))
+
+
+def test_a_few_steps_lower_the_loss():
+    losses = [float(result.metrics["loss"]) for result in run(Line(), steps=20)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(loss == loss for loss in losses)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(accumulate):
+    whole, parts = Line(), Line()
+    one = list(run(whole, batch_size=8, clip=100.0))
+    several = list(run(parts, batch_size=8, accumulate=accumulate, clip=100.0))
+    torch.testing.assert_close(parts.encoder.weight, whole.encoder.weight)
+    for a, b in zip(one, several, strict=True):
+        torch.testing.assert_close(b.metrics["loss"], a.metrics["loss"])
+        torch.testing.assert_close(b.metrics["gradient_norm"], a.metrics["gradient_norm"])
+    assert several[0].metrics["seen"] == 8 / accumulate
+    assert len(parts.batches) == 4 * accumulate
+    assert parts.progress == whole.progress == [0.25, 0.5, 0.75, 1.0]  # once an optimizer step
+
+
+def test_the_schedule_reaches_every_groups_own_base_rate():
+    method = Line()
+    other = nn.Parameter(torch.zeros(1))
+    groups = [{"params": method.parameters(), "lr": 0.1}, {"params": [other], "lr": 0.01}]
+    optimizer, asked, rates = torch.optim.SGD(groups, lr=1.0), [], []
+
+    def schedule(progress):
+        asked.append(progress)
+        return 1 - progress
+
+    for _ in run(method, optimizer=optimizer, schedule=schedule):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert asked == [0, 0.25, 0.5, 0.75]
+    assert rates == [pytest.approx([0.1 * factor, 0.01 * factor]) for factor in (1, 0.75, 0.5, 0.25)]
+
+
+def test_clipping_bounds_the_whole_gradient():
+    method = Line()
+    (result,) = run(method, steps=1, clip=0.01)
+    assert float(method.encoder.weight.detach().norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+    assert result.metrics["gradient_norm"] > 0.1  # before it was clipped
+
+
+@pytest.mark.parametrize(("bad_step", "accumulate", "named"), [(3, 1, 3), (4, 2, 2)])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(bad_step, accumulate, named):
+    method, averaged = Line(), Line()
+    method.bad_step = bad_step
+    with pytest.raises(FloatingPointError, match=f"the loss is inf at step {named}: lower optimizer.lr or set clip"):
+        for _ in run(method, accumulate=accumulate, averaged=averaged):
+            weights = method.encoder.weight.detach().clone(), averaged.encoder.weight.detach().clone()
+    assert torch.equal(method.encoder.weight, weights[0])
+    assert torch.equal(averaged.encoder.weight, weights[1])
+
+
+def test_the_average_follows_the_weights_step_by_step():
+    method, averaged, expected = Line(), Line(), torch.zeros(1, 3)
+    for step, _ in enumerate(run(method, averaged=averaged, averaging_decay=0.3)):
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * method.encoder.weight.detach()
+        torch.testing.assert_close(averaged.encoder.weight, expected)
+
+
+def views_of(method):
+    return torch.cat([batch.views[0] for batch in method.batches])
+
+
+def test_a_steps_images_and_augmentations_depend_on_seed_step_and_place_alone():
+    whole, parts, late, other = Line(), Line(), Line(), Line()
+    list(run(whole))
+    list(run(parts, accumulate=2))
+    list(run(late, start=2))
+    list(run(other, seed=1))
+    assert torch.equal(views_of(parts), views_of(whole))  # a step's numbers do not depend on how it is cut
+    assert torch.equal(views_of(late), views_of(whole)[8:])  # nor on the steps before
+    assert not torch.isclose(views_of(other)[:, 0], views_of(whole)[:, 0]).any()
+    assert torch.equal(views_of(other)[:, 1:], views_of(whole)[:, 1:])  # this seed is the augmentations' alone
+    assert views_of(whole)[:, 0].unique().numel() == 16
+
+
+def test_a_batch_says_which_images_it_holds_and_views_need_no_gradient():
+    data = dataset()
+    data.faults[3] = "image 3: broken"
+    results, method = list(run(method := Line(), data=data)), method
+    for batch in method.batches:
+        assert torch.equal(batch.labels, data.labels[batch.indices])
+    assert [fault for result in results for fault in result.faults] == ["image 3: broken"] * 2  # once an epoch
+
+    def with_gradient(images, randomness):
+        assert images.dtype == torch.uint8
+        return ((images.float() * torch.ones(1, requires_grad=True)).mean((2, 3)),)
+
+    loaded = LoadedBatch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), *[torch.arange(2)] * 3, [])
+    batch = make_batch(loaded, with_gradient, Randomness(0, 0, loaded.places), torch.device("cpu"))
+    assert isinstance(batch, Batch)
+    assert not batch.views[0].requires_grad
+
+
+def test_after_200_steps_the_averaged_weights_beat_the_initial_ones():
+    """CPC on ramps of light: each image's patches can be told from one another and from those of other images."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # operations this small only wait for a second one
+    ramp = torch.linspace(0, 1, 12)
+    light = (
+        torch.rand(16, 1, 1, 3)
+        + torch.rand(16, 1, 1, 1) * ramp[:, None, None]
+        + torch.rand(16, 1, 1, 1) * ramp[:, None]
+    )
+    data = ImageDataset((light / 3 * 255).byte().numpy(), size=12).cached()
+    views = PatchViews(
+        image_size=12,
+        patch_size=4,
+        stride=4,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        patch_augment=PatchAugment([GaussianNoise(0.05)]),
+    )
+    context = partial(ContextNetwork, width=8, layers=1)
+    method = CPC(resnet_small(4, blocks=(1,)), offsets=[1], directions=["down", "left"], target_dim=8, context=context)
+    initial, averaged = copy.deepcopy(method), copy.deepcopy(method).requires_grad_(False)
+    optimizer = torch.optim.Adam(method.parameters(), 3e-3)
+    for result in run(
+        method, steps=200, optimizer=optimizer, data=data, views=views, batch_size=8, averaged=averaged, clip=1.0
+    ):
+        last = result
+    assert last.step == 200
+    loaded = next(training_batches(data, batch_size=16, seed=9, start=0, steps=1))[0]
+    batch = make_batch(loaded, views, Randomness(9, 0, loaded.places), torch.device("cpu"))
+    with torch.no_grad():
+        before, after = (float(m(batch)[0]) for m in (initial, averaged))
+    assert after < before - 0.5
+
+
+def test_a_method_must_say_what_its_loss_is():
+    class Silent(Method):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Silent must say what its loss is"):
+        Silent()(None)
+    Silent().after_step(0.5)  # optional
