@@ -30,7 +30,7 @@ def _figure(rows: int, cols: int, size: tuple[float, float], **options: Any) -> 
     return figure, figure.subplots(rows, cols, squeeze=False, **options)
 
 
-def _save(figure: Figure, path: StrPath) -> None:
+def save_figure(figure: Figure, path: StrPath) -> None:
     """As a PNG of 256 colours: a third of the bytes, and nobody sees the difference."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
@@ -90,7 +90,7 @@ def plot_loss(metrics_rows: Rows, path: StrPath) -> None:
         )
         probe.margins(y=0.15)
         _tidy(probe, "optimizer step", "kNN accuracy on held-out images (%)")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _curve(rows: Rows, key: str) -> np.ndarray:
@@ -144,7 +144,7 @@ def plot_confusion(
     axes.spines[:].set_visible(False)
     accuracy = (labels == predictions).double().mean().item()
     axes.set_title(f"accuracy {100 * accuracy:.1f} %   (rows in %)", fontsize=10, color=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_retrieval(
@@ -184,7 +184,7 @@ def plot_retrieval(
     grid[0, 0].set_title("query", fontsize=9, color=INK)
     title = grid[0, 1].set_title("nearest training images", fontsize=9, color=INK, loc="left")
     title.set_in_layout(False)  # else its column is made as wide as the text
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _show(axes: Axes, image: Tensor, frame: str) -> None:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from contrastive_core.data import ImageDataset, Splits, evaluation_batches
-from contrastive_core.evaluate.baselines import pixel_features, svm_probe
+from contrastive_core.evaluate.baselines import logistic_probe, pixel_features, svm_probe
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.evaluate.linear import label_draws, linear_probe
 from contrastive_core.evaluate.report import LabelledFeatures, few_label_row
@@ -57,7 +57,7 @@ def few_label_rows(run_dir: Path, splits: Splits, *, per_class: int = 10, draws:
         for cells, readout in ((2, "2x2-pooled"), (1, "mean-pooled")):
             row = few_label_row(latents.pooled(cells), per_class, draws)
             rows.append({"features": f"{name}, {readout}", "probe": "logistic regression", **row})
-    for probe, classifier in (("logistic regression", linear_probe), ("Gaussian SVM", svm_probe)):
+    for probe, classifier in (("logistic regression", logistic_probe), ("Gaussian SVM", svm_probe)):
         row = few_label_row(pixels_of(splits), per_class, draws, classifier)
         rows.append({"features": "pixels", "probe": probe, **row})
     return rows

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as vision
@@ -114,7 +115,8 @@ def load_encoder(path: str | Path, *, readout: str = "mean", mode: str | None = 
 
     Returns an `nn.Module` in eval mode: images `b 3 h w` in [0, 1] of any size -> features.
 
-    Raises FileNotFoundError where a file is missing, ValueError where the card names an unknown encoder.
+    Raises FileNotFoundError where a file is missing, ValueError where the card names an unknown encoder or the
+    weights are another's.
 
     Example:
         encoder = cpc.load_encoder("runs/mnist5k-...")
@@ -122,7 +124,12 @@ def load_encoder(path: str | Path, *, readout: str = "mean", mode: str | None = 
     """
     weights, card = read_card(path)
     encoder = build_encoder(card["architecture"])
-    encoder.load_state_dict(load_file(weights))
+    try:
+        encoder.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights in {weights} are not those of the encoder that its card describes: {error}"
+        ) from None
     return _frozen(encoder, card, readout, mode)
 
 
@@ -146,7 +153,13 @@ def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
             raise FileNotFoundError(
                 f"no {file.name} in {file.parent}: pass the folder of a run that has finished, or its encoder.safetensors"
             )
-    parsed: dict[str, Any] = json.loads(card.read_text())
+    try:
+        parsed: dict[str, Any] = json.loads(card.read_text())
+        described = {"name", "arguments"} <= parsed["architecture"].keys() and "image_size" in parsed["input"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        described = False
+    if not described:
+        raise ValueError(f"{card} is not an encoder's card: it holds no architecture {{name, arguments}} and input")
     return weights, parsed
 
 

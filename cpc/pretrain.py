@@ -181,7 +181,7 @@ def metrics_row(result: StepResult, accelerator: Accelerator, rate: float) -> di
     names = sorted(result.metrics)
     values = torch.stack([result.metrics[name].double().to(accelerator.device) for name in names])
     means = accelerator.reduce(values, reduction="mean").tolist()
-    return {"step": result.step, **dict(zip(names, means, strict=True)), "images_per_second": round(rate, 1)}
+    return {"step": result.step, **dict(zip(names, means, strict=True)), "images_per_second": float(f"{rate:.4g}")}
 
 
 def rounding(accelerator: Accelerator) -> dict[str, int]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from contrastive_core.plots import save_figure
 from contrastive_core.randomness import Randomness
 from cpc.patch_augment import PatchAugment, patch_augment_digits, patch_augment_v1, patch_augment_v2
 from cpc.patches import extract_patches, tile_patches
@@ -78,7 +79,7 @@ def draw(image: Tensor, patches: Tensor, augmented: Tensor, stride: int, recipe:
         (tile_patches(patches, gap), f"{rows}x{cols} patches of {size} px at stride {stride}\n{overlap}"),
         (tile_patches(augmented, gap), f"augmented ({recipe})\neach patch on its own"),
     ]
-    figure = Figure(figsize=(15, 5.9), layout="constrained")
+    figure = Figure(figsize=(15, 5.5), layout="constrained")
     for axes, (picture, title) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
         axes.set_title(title, fontsize=13)
@@ -114,8 +115,7 @@ def show_patches(
     patches = extract_patches(image, size, stride)
     augmented = augment(patches, Randomness(seed, step=0, places=torch.tensor([0])))
     figure = draw(image[0], patches[0], augmented[0], stride, recipe)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png", dpi=110)
+    save_figure(figure, out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

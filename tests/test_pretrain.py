@@ -1,0 +1,271 @@
+"""The main job from its configuration and from the command line: what it leaves behind, resuming, and mistakes."""
+
+import fcntl
+import logging
+import math
+import re
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import cpc
+from contrastive_core.data import mnist5k
+from contrastive_core.run_log import RunLog, read_metrics
+from cpc.features import load_encoder
+from cpc.pretrain import main, pretrain
+from cpc.run_folder import default_run_dir, differing_keys
+
+pytestmark = pytest.mark.usefixtures("as_a_new_process")
+
+TINY = (
+    "batch_size=8 encoder.width=4 method.context.width=8 method.context.layers=1 "
+    "probe_every=0 log_every=1 save_every=3 threads=1"
+).split()
+
+
+def tiny(*overrides):
+    """TINY with overrides in the place of its own: hydra accepts a key once."""
+    given = {override.split("=")[0] for override in overrides}
+    return [option for option in TINY if option.split("=")[0] not in given] + list(overrides)
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+
+
+@pytest.fixture
+def start(compose, tmp_path):
+    """`start("steps=3", run_dir="name")`: the job in this process."""
+
+    def run(*overrides, run_dir="run"):
+        return pretrain(compose(*tiny(*overrides, f"run_dir={tmp_path / run_dir}")))
+
+    return run
+
+
+def test_what_a_run_leaves_behind(start, capsys):
+    folder = start("steps=3", "averaging=0.9", "clip=1.0", "accumulate=2", "probe_every=2", "probe_images=50")
+    assert "read it with: cpc.load_encoder(" in capsys.readouterr().out
+    assert {"config.yaml", "metrics.jsonl", "encoder.safetensors", "encoder.json", "checkpoints", "tensorboard"} <= {
+        file.name for file in folder.iterdir()
+    }
+
+    rows = read_metrics(folder)
+    training, probes = ([row for row in rows if ("knn" in row) is probed] for probed in (False, True))
+    assert [row["step"] for row in training] == [1, 2, 3]
+    assert [row["step"] for row in probes] == [2, 3]
+    assert all(0 <= row["knn"] <= 1 for row in probes)
+    first = training[0]
+    assert {"loss", "chance_loss", "accuracy", "lr", "images_per_second", "gradient_norm", "feature_std"} <= set(first)
+    assert first["chance_loss"] == pytest.approx(math.log(4 * 36), rel=1e-6)  # a micro-batch has its own candidates
+    assert first["loss"] == pytest.approx(first["chance_loss"], rel=0.25)
+
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["steps"], config["precision"], config["patch"]) == (3, "no", {"size": 8, "stride": 4})
+
+    # the averaged weights are the ones that are exported
+    averaged = load_file(folder / "checkpoints/step_00000003/averaged.safetensors")
+    weights = load_file(folder / "encoder.safetensors")
+    assert all(torch.equal(weights[name], averaged[f"encoder.{name}"]) for name in weights)
+    trained = load_file(folder / "checkpoints/step_00000003/method.safetensors")
+    assert not torch.equal(weights["stem.weight"], trained["encoder.stem.weight"])
+    images = mnist5k().test.pixels[:5].float() / 255
+    features = cpc.load_encoder(folder)(images)
+    assert features.shape == (5, 16)
+    assert load_encoder(folder, readout="grid")(images).shape == (5, 6, 6, 16)
+
+
+def test_probing_and_logging_change_nothing(start):
+    one = start("steps=3", run_dir="one")
+    other = start("steps=3", "probe_every=1", "probe_images=50", "log_every=2", "save_every=1", run_dir="other")
+    weights = [load_file(folder / "encoder.safetensors") for folder in (one, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert [row["step"] for row in read_metrics(other) if "loss" in row] == [1, 2, 3]  # the first, every 2nd, the last
+    assert len(list((other / "checkpoints").iterdir())) == 2  # keep_checkpoints
+
+
+OPTIONS = ["steps=6", "averaging=0.9", "accumulate=2", "clip=1.0"]
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, monkeypatch):
+    whole = start(*OPTIONS, run_dir="whole")
+
+    def interrupted(log):
+        if log._bar.n == 4:  # after the row of step 5, two steps after the checkpoint
+            raise KeyboardInterrupt
+        log._bar.update()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunLog, "advance", interrupted)
+        start(*OPTIONS, run_dir="parts")
+    parts = whole.parent / "parts"
+    assert [row["step"] for row in read_metrics(parts)] == [1, 2, 3, 4, 5]
+    assert not (parts / "encoder.safetensors").exists()
+
+    with pytest.raises(FileExistsError, match="parts holds a run: pass resume=auto to go on with it, or another run_d"):
+        start(*OPTIONS, run_dir="parts")
+    with pytest.raises(ValueError, match="was run with other settings of optimizer.lr, seed: use its own, or a new"):
+        start(*OPTIONS, "resume=auto", "seed=1", "optimizer.lr=0.5", run_dir="parts")
+
+    start(*OPTIONS, "resume=auto", "save_every=100", run_dir="parts")
+    assert without_times(read_metrics(parts)) == without_times(read_metrics(whole))
+    files = [file.relative_to(whole) for file in whole.glob("checkpoints/step_00000006/*")]
+    assert len(files) == 4
+    for file in [*files, "encoder.safetensors", "encoder.json"]:
+        assert (parts / file).read_bytes() == (whole / file).read_bytes(), file
+
+    # a finished run has nothing left to do, and says again where its encoder is
+    (parts / "encoder.safetensors").unlink()
+    start(*OPTIONS, "resume=auto", run_dir="parts")
+    assert (parts / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
+    assert without_times(read_metrics(parts)) == without_times(read_metrics(whole))
+
+
+def test_resuming_where_there_is_nothing_starts_anew(start, tmp_path, caplog):
+    (tmp_path / "empty").mkdir()
+    folder = start("steps=1", "resume=auto", run_dir="empty")
+    (folder / "checkpoints/step_00000001").rename(tmp_path / "elsewhere")  # killed before its first checkpoint
+    start("steps=1", "resume=auto", run_dir="empty")
+    assert [row["step"] for row in read_metrics(folder)] == [1]
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, logger="cpc.pretrain"):
+        start("steps=1", "resume=auto", "threads=2", run_dir="empty")
+    assert "the numbers will differ in their last bits" in caplog.text
+
+
+def test_two_runs_in_one_folder_are_one_too_many(start):
+    folder = start("steps=1")
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match="another run is at work in"):
+            start("steps=1", "resume=auto")
+
+
+def test_unlabelled_images_are_not_probed(start, tmp_path):
+    from PIL import Image
+
+    for i in range(8):
+        Image.new("L", (28, 28), 30 * i).save(tmp_path / f"{i}.png")
+    folder = start("steps=1", "data=imagefolder", f"data.root={tmp_path}", "recipe=mnist5k", "probe_every=1")
+    assert all("knn" not in row for row in read_metrics(folder))
+
+
+def test_differing_keys():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": 3}
+    assert differing_keys(old, {"a": {"b": 1, "c": [1, 2]}, "d": 3}) == []
+    assert differing_keys(old, {"a": {"b": 2, "c": [2, 1]}, "e": 3}) == ["a.b", "a.c", "d", "e"]
+    assert differing_keys({"a": None}, {"a": {"b": 1}}) == ["a"]
+
+
+def test_default_run_dirs_tell_what_and_when():
+    name = default_run_dir("mnist5k")
+    assert re.fullmatch(r"runs/mnist5k-\d{8}-\d{6}-[a-z]{4}", name)
+    assert default_run_dir("mnist5k") != name
+
+
+MISTAKES = [
+    ("experiment=typo", "Could not find 'experiment/typo'"),
+    ("steps=abc", "Error merging override steps=abc"),
+    ("patch.size=abc", "Error merging override patch.size=abc"),
+    ("stpes=3", "Could not override 'stpes'"),
+    ("patch.sise=3", "Could not override 'patch.sise'"),
+    ("steps=0", "error: steps=0: pass at least 1"),
+    ("steps=-3", "error: steps=-3: pass at least 1"),
+    ("batch_size=0", "error: batch_size=0: pass at least 1"),
+    ("batch_size=5000", "error: batch_size 5000 for 4000 images: pass 1 to 4000"),
+    (
+        "accumulate=3",
+        "error: batch_size 8 does not split evenly over 1 processes x 3 micro-batches: pass a multiple of",
+    ),
+    ("accumulate=0", "error: accumulate=0: pass at least 1"),
+    ("log_every=0", "error: log_every=0: pass at least 1"),
+    ("save_every=0", "error: save_every=0: pass at least 1"),
+    ("keep_checkpoints=0", "error: keep_checkpoints=0: pass at least 1"),
+    ("workers=-1", "error: workers=-1: pass at least 0"),
+    ("threads=0", "error: threads=0: pass at least 1"),
+    ("threads=-2", "error: threads=-2: pass at least 1"),
+    ("precision=fp16 device=cpu", "error: precision=fp16 needs CUDA: pass precision=bf16 or precision=no"),
+    ("precision=float8", "error: precision=float8: pass no, bf16 or fp16"),
+    ("device=tpu", "error: device=tpu: pass cpu or cuda"),
+    ("resume=yes", "error: resume=yes: pass resume=auto"),
+    ("clip=0", "error: clip=0.0: pass the largest gradient norm"),
+    ("averaging=1", "error: averaging=1.0: pass a decay from 0 to below 1"),
+    ("bad_images=2", "error: bad_images=2.0: pass a share from 0 to 1"),
+    ("mean=[0.5]", "pass three numbers each, std above 0"),
+    ("std=[0,1,1]", "pass three numbers each, std above 0"),
+    ("data=parquet", "error: not given: data.train; pass them as data.train=VALUE"),
+    ("data=parquet data.train=missing.parquet", "missing.parquet"),
+    ("data=imagefolder data.root=missing", "missing"),
+    ("patch.size=50", "error: an image of 28 px is smaller than one patch of 50 px: pass 50 px or more"),
+    ("patch.stride=3", "error: 28 px leave 2 px unused with patches of 8 px at stride 3: pass images of 26 px"),
+    ("load_size=20", "error: images are 20x20 px before cutting, image_size is 28: end image_augment with a crop"),
+    ("method.offsets=[9]", "error: offset 9 needs at least 10 rows and columns, the grid has 6x6"),
+    ("method.offsets=[]", "error: offsets is empty"),
+    ("method.directions=[north]", "error: directions=['north']: pass one or more of down, up, right, left"),
+    ("method.directions=[]", "error: directions=[]: pass one or more of down, up, right, left"),
+    ("encoder.width=abc", "error: cpc.encoders.resnet_small does not take what it was given"),
+    ("encoder=resnet50 +encoder.widht=3", "error: cpc.encoders.resnet50 does not take what it was given: "),
+    ("encoder.norm=no", "error: norm='no' is not one of layer, channel, batch, none"),
+    ("optimizer.lr=abc", "error: torch.optim.Adam does not take what it was given"),
+    ("encoder._target_=nope.encoder", "error: Error loading 'nope.encoder'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
+def test_a_mistake_gets_one_clear_line_and_leaves_nothing_behind(arguments, message, tmp_path, monkeypatch, capsys):
+    """Through hydra, as from the command line, but in this process: a start takes seconds."""
+    monkeypatch.chdir(tmp_path)
+    options = tiny(
+        *(["steps=2"] if "steps=" not in arguments else []), *arguments.split(), f"run_dir={tmp_path / 'run'}"
+    )
+    if arguments.startswith("encoder="):
+        options = [option for option in options if not option.startswith("encoder.width=")]
+    monkeypatch.setattr(sys, "argv", ["pretrain_cpc.py", *options])
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    root.handlers[:], root.level = handlers, level  # hydra's write to a stdout that is this test's
+    printed = capsys.readouterr().err
+    assert stopped.value.code not in (0, None)
+    assert message in printed
+    assert "Traceback" not in printed
+    if message.startswith("error:"):
+        assert len(printed.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_of_one_image_has_its_own_patches_for_candidates(start):
+    (row,) = read_metrics(start("steps=1", "batch_size=1"))
+    assert row["chance_loss"] == pytest.approx(math.log(36), rel=1e-6)
+    assert all(math.isfinite(value) for value in row.values())
+
+
+def test_from_the_command_line(run_tool, launch_tool, tmp_path):
+    """One process and two, launched as a user launches them; what does not finish says why in one line."""
+    options = tiny("steps=3", "device=cpu", "accumulate=2", "batch_size=16", "averaging=0.9")
+    two = launch_tool("tools/pretrain_cpc.py", *options, processes=2)
+    assert two.returncode == 0, two.stderr
+    (folder,) = (tmp_path / "runs").iterdir()  # chosen once, for both
+    assert folder.name.startswith("mnist5k-")
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+    assert two.stdout.count("read it with") == 1
+
+    one = launch_tool("tools/pretrain_cpc.py", *options, "run_dir=one")
+    assert one.returncode == 0, one.stderr
+    together, alone = read_metrics(folder), read_metrics(tmp_path / "one")
+    assert [row["step"] for row in together] == [1, 2, 3]
+    for a, b in zip(together, alone, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["lr"] == b["lr"]
+        assert a["chance_loss"] == b["chance_loss"] == pytest.approx(math.log(8 * 36), rel=1e-6)
+    weights = [load_file(path / "encoder.safetensors") for path in (folder, tmp_path / "one")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-4)
+
+    again = run_tool("tools/pretrain_cpc.py", *options, "run_dir=one")
+    assert again.returncode == 2
+    assert again.stderr == "error: one holds a run: pass resume=auto to go on with it, or another run_dir\n"
