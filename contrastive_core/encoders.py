@@ -48,7 +48,9 @@ class TorchvisionTrunk(_Trunk):
 
 
 class TimmTrunk(_Trunk):
-    """A timm model without its classifier (`pip install "cpc-images[vit]"`); further arguments go to `timm.create_model`.
+    """A timm model without its classifier (`pip install "cpc-images[vit]"`).
+
+    Further arguments go to `timm.create_model`.
 
     Example: `TimmTrunk("resnet18").dim == 512`.
     """
@@ -59,8 +61,8 @@ class TimmTrunk(_Trunk):
             import timm
         except ImportError:
             raise ImportError('timm is not installed: pip install "cpc-images[vit]"') from None
-        self.trunk = timm.create_model(name, num_classes=0, **arguments)
-        self.dim = self.trunk.num_features
+        self.trunk: Any = timm.create_model(name, num_classes=0, **arguments)
+        self.dim = self.trunk.num_features  # type: ignore[assignment]  # timm types it Tensor | Module
 
     def feature_map(self, images: Tensor) -> Tensor:
         """`b 3 h w` -> `b d h' w'`; raises ValueError for a trunk of tokens, which has none."""

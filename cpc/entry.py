@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,8 @@ def start_accelerator(cfg: DictConfig) -> Accelerator:
     torch.set_num_threads(cfg.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
 
     # buffers are each process's own, or equal by construction: DDP must not overwrite them from rank 0
+    # (torch 2.14 is about to rename the argument, accelerate 1.15 does not know the new name)
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     distributed = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=cpu,

@@ -91,6 +91,10 @@ class FrozenEncoder(nn.Module):
         return vision.center_crop(vision.resize(images, [size], antialias=True).clamp(0, 1), [size, size])
 
 
+# where a trunk's first weights came from: the file's own take their place, so nothing is fetched
+_FIRST_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
+
+
 def constructors() -> dict[str, Callable[..., nn.Module]]:
     """The encoders that an `encoder.json` may name: no other code is ever called on a file's say-so."""
     modules = (cpc.encoders, contrastive_core.encoders)
@@ -102,7 +106,8 @@ def build_encoder(architecture: dict[str, Any]) -> nn.Module:
     known = constructors()
     if architecture["name"] not in known:
         raise ValueError(f"encoder {architecture['name']!r} is not one of {', '.join(sorted(known))}")
-    return known[architecture["name"]](**architecture["arguments"])
+    arguments = {name: value for name, value in architecture["arguments"].items() if name not in _FIRST_WEIGHTS}
+    return known[architecture["name"]](**arguments)
 
 
 def load_encoder(path: str | Path, *, readout: str = "mean", mode: str | None = None) -> FrozenEncoder:
@@ -151,7 +156,7 @@ def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
     for file in (weights, card):
         if not file.is_file() or weights.suffix != ".safetensors":
             raise FileNotFoundError(
-                f"no {file.name} in {file.parent}: pass the folder of a run that has finished, or its encoder.safetensors"
+                f"no {file.name} in {file.parent}: pass the folder of a finished run, or its encoder.safetensors"
             )
     try:
         parsed: dict[str, Any] = json.loads(card.read_text())

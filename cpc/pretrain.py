@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -74,10 +74,14 @@ class PretrainSchema:
     ladder: Any = None
 
 
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as dicts, lists and numbers, with all references resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
 def encoder_card(cfg: DictConfig, method: Method) -> dict[str, Any]:
     """What `encoder.json` says: how to build the encoder, what to feed it, and where it comes from."""
-    arguments = OmegaConf.to_container(cfg.encoder, resolve=True)
-    assert isinstance(arguments, dict)
+    arguments = plain(cfg.encoder)
     name = arguments.pop("_target_")
     return {
         "architecture": {"name": name, "arguments": arguments},
@@ -208,10 +212,9 @@ def pretrain(cfg: DictConfig) -> Path:
     check_complete(cfg)
     check_numbers(cfg)
     accelerator = start_accelerator(cfg)
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
+    config = plain(cfg)
     run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)
-    checkpoint = checkpoint_to_resume(run_dir, config, resume=cfg.resume == "auto")  # type: ignore[arg-type]
+    checkpoint = checkpoint_to_resume(run_dir, config, resume=cfg.resume == "auto")
 
     # the pieces, in the order in which a mistake is cheapest to find
     torch.manual_seed(cfg.seed)
@@ -257,7 +260,7 @@ def pretrain(cfg: DictConfig) -> Path:
 
     # nothing has been written so far: a mistake leaves no folder behind
     with (
-        claimed(run_dir, config, accelerator),  # type: ignore[arg-type]
+        claimed(run_dir, config, accelerator),
         RunLog(run_dir, start=start, steps=cfg.steps) if main_process else nullcontext() as log,
     ):
         for result in results:

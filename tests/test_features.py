@@ -161,11 +161,11 @@ def test_a_broken_card_is_named(run):
 
 
 def test_missing_files_are_named(run):
-    with pytest.raises(FileNotFoundError, match="no typo in .*: pass the folder of a run that has finished"):
+    with pytest.raises(FileNotFoundError, match=r"no typo in .*: pass the folder of a finished run"):
         load_encoder(run / "typo")
     with pytest.raises(FileNotFoundError, match=r"no other\.safetensors in"):  # not another file of the folder
         load_encoder(run / "other.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"pass the folder of a run that has finished, or its encoder\.safet"):
+    with pytest.raises(FileNotFoundError, match=r"pass the folder of a finished run, or its encoder\.safet"):
         load_encoder(run / "encoder.json")
     (run / "encoder.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no encoder\.json in"):
@@ -218,3 +218,18 @@ def test_a_torchvision_trunk_of_whole_images(tmp_path):
     encoder.readout = "grid"
     assert encoder(images(32)).shape == (3, 4, 4, 128)
     assert encoder.mode == "image"
+
+
+def test_reading_a_pretrained_trunk_fetches_nothing(monkeypatch):
+    timm = pytest.importorskip("timm")
+    asked = []
+
+    def create_model(name, **arguments):
+        asked.append((name, arguments))
+        return nn.Module()
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    arguments = {"name": "resnet18", "pretrained": True, "checkpoint_path": "weights.pth", "in_chans": 3}
+    with pytest.raises(AttributeError):  # a bare module is no trunk
+        build_encoder({"name": "contrastive_core.encoders.TimmTrunk", "arguments": arguments})
+    assert asked == [("resnet18", {"num_classes": 0, "in_chans": 3})]

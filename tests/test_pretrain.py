@@ -20,10 +20,16 @@ from cpc.run_folder import default_run_dir, differing_keys
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
 
-TINY = (
-    "batch_size=8 encoder.width=4 method.context.width=8 method.context.layers=1 "
-    "probe_every=0 log_every=1 save_every=3 threads=1"
-).split()
+TINY = [
+    "batch_size=8",
+    "encoder.width=4",
+    "method.context.width=8",
+    "method.context.layers=1",
+    "probe_every=0",
+    "log_every=1",
+    "save_every=3",
+    "threads=1",
+]
 
 
 def tiny(*overrides):
@@ -98,16 +104,17 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, monkeypatch):
             raise KeyboardInterrupt
         log._bar.update()
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(RunLog, "advance", interrupted)
-        start(*OPTIONS, run_dir="parts")
+        with pytest.raises(KeyboardInterrupt):
+            start(*OPTIONS, run_dir="parts")
     parts = whole.parent / "parts"
     assert [row["step"] for row in read_metrics(parts)] == [1, 2, 3, 4, 5]
     assert not (parts / "encoder.safetensors").exists()
 
     with pytest.raises(FileExistsError, match="parts holds a run: pass resume=auto to go on with it, or another run_d"):
         start(*OPTIONS, run_dir="parts")
-    with pytest.raises(ValueError, match="was run with other settings of optimizer.lr, seed: use its own, or a new"):
+    with pytest.raises(ValueError, match=r"was run with other settings of optimizer.lr, seed: use its own, or a new"):
         start(*OPTIONS, "resume=auto", "seed=1", "optimizer.lr=0.5", run_dir="parts")
 
     start(*OPTIONS, "resume=auto", "save_every=100", run_dir="parts")
@@ -244,6 +251,26 @@ def test_a_batch_of_one_image_has_its_own_patches_for_candidates(start):
     assert all(math.isfinite(value) for value in row.values())
 
 
+def test_bfloat16_is_near_float32(start):
+    (row,) = read_metrics(start("steps=1", "precision=bf16"))
+    assert row["loss"] == pytest.approx(row["chance_loss"], rel=0.25)
+
+
+def test_the_log_is_cut_where_a_run_goes_on(tmp_path):
+    with RunLog(tmp_path, start=0, steps=4) as log:
+        for step in (1, 2, 3):
+            log.write({"step": step, "loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    with RunLog(tmp_path, start=2, steps=4) as log:
+        log.write({"step": 3, "loss": 0.5})
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [1, 2, 0.5]
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+    with pytest.raises(FileNotFoundError, match=r"no metrics.jsonl in .*: pass the folder of a run"):
+        read_metrics(tmp_path / "none")
+
+
 def test_from_the_command_line(run_tool, launch_tool, tmp_path):
     """One process and two, launched as a user launches them; what does not finish says why in one line."""
     options = tiny("steps=3", "device=cpu", "accumulate=2", "batch_size=16", "averaging=0.9")
@@ -253,6 +280,7 @@ def test_from_the_command_line(run_tool, launch_tool, tmp_path):
     assert folder.name.startswith("mnist5k-")
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     assert two.stdout.count("read it with") == 1
+    assert "Warning" not in two.stderr
 
     one = launch_tool("tools/pretrain_cpc.py", *options, "run_dir=one")
     assert one.returncode == 0, one.stderr
