@@ -9,7 +9,7 @@ from contrastive_core.losses import check_pairs
 
 
 @torch.no_grad()
-def contrast_accuracy(queries: Tensor, keys: Tensor, positive: Tensor, *, limit: int = 256) -> Tensor:
+def contrast_accuracy(queries: Tensor, keys: Tensor, positive: Tensor, *, limit: int = 128) -> Tensor:
     """How often a query scores its positive highest among all keys, in 0..1 (a tie with another key counts as a miss).
 
     Args:
@@ -22,8 +22,9 @@ def contrast_accuracy(queries: Tensor, keys: Tensor, positive: Tensor, *, limit:
     chosen = torch.linspace(0, len(queries) - 1, min(limit, len(queries))).round().long().to(queries.device)
     positive = positive[chosen]
     scores = queries[chosen].float() @ keys.float().T
-    own = scores.gather(1, positive[:, None])
-    return (scores >= own).sum(1).eq(1).float().mean()
+    own = scores.gather(1, positive[:, None]).squeeze(1)
+    best_other = scores.scatter_(1, positive[:, None], -torch.inf).amax(1)
+    return (own > best_other).float().mean()
 
 
 @torch.no_grad()

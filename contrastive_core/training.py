@@ -5,6 +5,7 @@ Logging, probing and saving are ordinary code in the body of the caller's `for`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from contrastive_core.method import Batch, Method
 from contrastive_core.momentum import ema_update_, polyak_decay
 from contrastive_core.optim import set_learning_rate_
 from contrastive_core.randomness import Randomness
+
+_REMEDY = "lower optimizer.lr or set clip, or pass precision=no if it is not already"
 
 
 class StepResult(NamedTuple):
@@ -66,12 +69,13 @@ def train_steps(
         clip: largest norm of the whole gradient; None leaves it alone.
         averaged: a copy of the bare method that follows it as a Polyak average.
 
-    Raises FloatingPointError before a loss that is not finite reaches the weights.
+    Raises FloatingPointError before a loss or a gradient that is not finite reaches the weights.
     """
     bare: Method = accelerator.unwrap_model(method)
     for step, micro_batches in enumerate(batches, start):
-        # the learning rate is a function of the step alone: nothing to save, nothing to step twice
-        lr = set_learning_rate_(optimizer, schedule(step / steps))
+        # the learning rate is a function of the step alone: nothing to save, nothing to step twice; read at the middle
+        # of the step, so that neither the first of a warm-up nor the last of a decay is a step of rate 0
+        lr = set_learning_rate_(optimizer, schedule((step + 0.5) / steps))
 
         # micro-batches add up their gradients; processes exchange them once, with the last
         totals: dict[str, Tensor] = {}
@@ -81,17 +85,16 @@ def train_steps(
             with nullcontext() if last else accelerator.no_sync(method):
                 loss, metrics = method(batch)
                 if not loss.isfinite():
-                    raise FloatingPointError(
-                        f"the loss is {loss.item()} at step {step + 1}: lower optimizer.lr or set clip, "
-                        f"or pass precision=no if it is not already"
-                    )
+                    raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: {_REMEDY}")
                 accelerator.backward(loss)
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value / len(micro_batches)
 
         # the step itself, then whatever the method and the averaged copy do once a step
-        if clip is not None:
-            totals["gradient_norm"] = accelerator.clip_grad_norm_(method.parameters(), clip)
+        norm = accelerator.clip_grad_norm_(method.parameters(), math.inf if clip is None else clip)
+        if accelerator.scaler is None and not norm.isfinite():  # fp16's scaler skips such a step by itself
+            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step + 1}: {_REMEDY}")
+        totals["gradient_norm"] = norm
         optimizer.step()
         optimizer.zero_grad()
         bare.after_step((step + 1) / steps)

@@ -108,8 +108,8 @@ def test_the_schedule_reaches_every_groups_own_base_rate():
 
     for _ in run(method, optimizer=optimizer, schedule=schedule):
         rates.append([group["lr"] for group in optimizer.param_groups])
-    assert asked == [0, 0.25, 0.5, 0.75]
-    assert rates == [pytest.approx([0.1 * factor, 0.01 * factor]) for factor in (1, 0.75, 0.5, 0.25)]
+    assert asked == [0.125, 0.375, 0.625, 0.875]
+    assert rates == [pytest.approx([0.1 * factor, 0.01 * factor]) for factor in (0.875, 0.625, 0.375, 0.125)]
 
 
 def test_clipping_bounds_the_whole_gradient():
