@@ -84,7 +84,7 @@ def main() -> None:
     data = ["data=parquet", f"data.train={train_file}"]
     command = ["experiment=cifar10_cpc", *data, f"run_dir={run}", "resume=auto", *arguments.overrides]
     if not (run / "encoder.safetensors").is_file():
-        seconds, peak = run_measured(launch("tools/pretrain_cpc.py", *command))
+        seconds, peak = run_measured(launch("tools/pretrain_cpc.py", *command), every=5.0)
         (run / "cost.json").write_text(json.dumps({"seconds": round(seconds, 1), "peak_pss_gib": round(peak, 2)}))
     if not (run / "evaluation.json").is_file():
         run_measured(python("tools/evaluate.py", f"run={run}", *data, f"data.test={test_file}", "untrained=true",

@@ -250,7 +250,7 @@ def torchvision_dataset(name: str, root: StrPath, *, size: int, download: bool =
     try:
         train, test = (builders[name](root, **chosen) for chosen in arguments[name])
     except (RuntimeError, FileNotFoundError) as error:
-        remedy = "set data.root to where it is" + ("" if name == "imagenet" else ", or pass download=True")
+        remedy = "set data.root to where it is" + ("" if name == "imagenet" else ", or pass data.download=true")
         raise FileNotFoundError(f"{name} is not complete below {root}: {remedy} ({error})") from error
     return _splits(_of_torchvision(train, size), _of_torchvision(test, size), cache)
 
