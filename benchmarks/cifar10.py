@@ -3,7 +3,7 @@
     python benchmarks/cifar10.py --train cifar10-train.parquet --test cifar10-test.parquet --run runs/cifar10
 
 The parquet files hold a column `image` of encoded bytes and a column `label`. Pre-trains with experiment=cifar10_cpc
-(resuming, if the run is there already), evaluates the frozen encoder and the same one untrained, and two baselines
+(unless the run is there already), evaluates the frozen encoder and the same one untrained, and two baselines
 that need no encoder on the same 500 labels: ridge regression on an 8x8 thumbnail with a colour histogram, and a small
 BatchNorm CNN trained for 40 seconds. Writes benchmarks/results/cifar10.json.
 """
@@ -63,7 +63,8 @@ def cnn_accuracy(images: Tensor, labels: Tensor, test: ImageDataset, seconds: fl
 
 def baselines(train: ImageDataset, test: ImageDataset) -> dict[str, list[float]]:
     """Accuracies over the label draws of what needs no pre-training."""
-    assert train.pixels is not None and test.pixels is not None
+    assert train.pixels is not None
+    assert test.pixels is not None
     thumbnails = (thumbnail_features(train.pixels), train.labels, thumbnail_features(test.pixels), test.labels)
     ridge = few_label_accuracy(*thumbnails, per_class=PER_CLASS, draws=DRAWS, classifier=ridge_probe)
     draws = label_draws(train.labels, PER_CLASS, DRAWS, seed=0)
@@ -82,13 +83,16 @@ def main() -> None:
     train_file, test_file, run = (path.resolve() for path in (arguments.train, arguments.test, arguments.run))
 
     data = ["data=parquet", f"data.train={train_file}"]
-    command = ["experiment=cifar10_cpc", *data, f"run_dir={run}", "resume=auto", *arguments.overrides]
+    command = ["experiment=cifar10_cpc", *data, f"run_dir={run}", *arguments.overrides]
+    if (run / "config.yaml").is_file() and not (run / "encoder.safetensors").is_file():
+        raise SystemExit(f"{run} was interrupted, so its seconds are not known: remove it, or pass another --run")
     if not (run / "encoder.safetensors").is_file():
         seconds, peak = run_measured(launch("tools/pretrain_cpc.py", *command), every=5.0)
         (run / "cost.json").write_text(json.dumps({"seconds": round(seconds, 1), "peak_pss_gib": round(peak, 2)}))
     if not (run / "evaluation.json").is_file():
-        run_measured(python("tools/evaluate.py", f"run={run}", *data, f"data.test={test_file}", "untrained=true",
-                            f"labels_per_class=[{PER_CLASS}]", f"draws={DRAWS}", "paper_epochs=10", "precision=bf16"))  # fmt: skip
+        options = ["untrained=true", f"labels_per_class=[{PER_CLASS}]", f"draws={DRAWS}", "paper_epochs=10"]
+        test = [f"run={run}", *data, f"data.test={test_file}", "precision=bf16"]
+        run_measured(python("tools/evaluate.py", *test, *options), every=5.0)
 
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [row["images_per_second"] for row in metrics if "images_per_second" in row]

@@ -22,8 +22,9 @@ def machine() -> dict[str, Any]:
     """Processor, what it can do in bf16, cores, memory."""
     info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
     flags = next((value for key, value in info.items() if key.strip() == "flags"), "").split()
+    names = [value.strip() for key, value in info.items() if key.strip() == "model name"]
     return {
-        "processor": next((value.strip() for key, value in info.items() if key.strip() == "model name"), platform.machine()),
+        "processor": names[0] if names else platform.machine(),
         "bf16_flags": [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -85,11 +86,18 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint_(checkpoint: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Any]:
-    """Restore modules and optimizer in place; returns the JSON that was stored, with `step`."""
+    """Restore modules and optimizer in place; returns the JSON that was stored, with `step`.
+
+    Raises ValueError, before anything is changed, for a file that is missing or damaged.
+    """
+    try:
+        tensors = {name: load_file(checkpoint / f"{name}.safetensors") for name in (*modules, "optimizer")}
+        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{checkpoint} is damaged ({error}): remove it to resume from the one before") from error
     for name, module in modules.items():
-        module.load_state_dict(load_file(checkpoint / f"{name}.safetensors"))
-    restore_optimizer_(optimizer, load_file(checkpoint / "optimizer.safetensors"))
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+        module.load_state_dict(tensors[name])
+    restore_optimizer_(optimizer, tensors["optimizer"])
     return state
 
 

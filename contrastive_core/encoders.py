@@ -78,3 +78,4 @@ class TimmTrunk(_Trunk):
 
 
 ENCODERS = ("TorchvisionTrunk", "TimmTrunk")
+"""What an `encoder.json` may name."""

@@ -21,7 +21,8 @@ def contrast_accuracy(queries: Tensor, keys: Tensor, positive: Tensor, *, limit:
     check_pairs(queries, keys, positive)
     chosen = torch.linspace(0, len(queries) - 1, min(limit, len(queries))).round().long().to(queries.device)
     positive = positive[chosen]
-    scores = queries[chosen].float() @ keys.float().T
+    with torch.autocast(queries.device.type, enabled=False):  # in bf16 close scores tie
+        scores = queries[chosen].float() @ keys.float().T
     own = scores.gather(1, positive[:, None]).squeeze(1)
     best_other = scores.scatter_(1, positive[:, None], -torch.inf).amax(1)
     return (own > best_other).float().mean()

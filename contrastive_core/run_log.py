@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class RunLog:
         self._bar.update()
 
     def write(self, row: dict[str, float]) -> None:
-        """Write a row; `step` is an int, the rest are numbers."""
-        self._file.write(json.dumps(row) + "\n")
+        """Write a row; `step` is an int, the rest are numbers, null in the file where they are not finite."""
+        self._file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
         self._file.flush()
         for name, value in row.items():
             if name != "step":

@@ -21,6 +21,9 @@ from contrastive_core.momentum import ema_update_, polyak_decay
 from contrastive_core.optim import set_learning_rate_
 from contrastive_core.randomness import Randomness
 
+SKIPS_IN_A_ROW = 50
+"""fp16 steps that the gradient scaler may skip one after the other; it needs about 20 to find its scale."""
+
 _REMEDY = "lower optimizer.lr or set clip, or pass precision=no if it is not already"
 
 
@@ -72,6 +75,7 @@ def train_steps(
     Raises FloatingPointError before a loss or a gradient that is not finite reaches the weights.
     """
     bare: Method = accelerator.unwrap_model(method)
+    skipped = 0
     for step, micro_batches in enumerate(batches, start):
         # the learning rate is a function of the step alone: nothing to save, nothing to step twice; read at the middle
         # of the step, so that neither the first of a warm-up nor the last of a decay is a step of rate 0
@@ -96,6 +100,11 @@ def train_steps(
             raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step + 1}: {_REMEDY}")
         totals["gradient_norm"] = norm
         optimizer.step()
+        skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        if skipped == SKIPS_IN_A_ROW:
+            raise FloatingPointError(
+                f"{skipped} steps up to {step + 1} were skipped for gradients not finite: {_REMEDY}"
+            )
         optimizer.zero_grad()
         bare.after_step((step + 1) / steps)
         if averaged is not None:

@@ -22,7 +22,8 @@ from contrastive_core.evaluate.linear import label_draws, linear_probe
 from contrastive_core.evaluate.report import LabelledFeatures, few_label_row
 from contrastive_core.plots import format_table, plot_confusion, plot_loss, plot_retrieval
 from contrastive_core.run_log import read_metrics
-from cpc.entry import build, command
+from cpc.entry import build, check_complete, command
+from cpc.evaluate import labelled
 from cpc.features import FrozenEncoder, load_encoder, untrained_encoder
 from cpc.pretrain import PretrainSchema, pretrain
 
@@ -93,15 +94,17 @@ def draw_pictures(run_dir: Path, splits: Splits, *, per_class: int = 10) -> list
 
 def demo(cfg: DictConfig) -> Path:
     """Pre-train, evaluate, draw; returns the run's folder."""
+    check_complete(cfg)
+    splits = labelled(build(cfg.data))
     run_dir = pretrain(cfg)
-    splits: Splits = build(cfg.data)
     rows = few_label_rows(run_dir, splits)
     (run_dir / "evaluation.json").write_text(json.dumps({"run": str(run_dir), "rows": rows}, indent=1) + "\n")
     pictures = draw_pictures(run_dir, splits)
 
     assert splits.test is not None
     shown = [{key: value for key, value in row.items() if key != "draws"} for row in rows]
-    print(f"\nAccuracy on {len(splits.test)} test images, mean and deviation over {len(rows[0]['draws'])} label draws:\n")
+    draws = len(rows[0]["draws"])
+    print(f"\nAccuracy on {len(splits.test)} test images, mean and deviation over {draws} label draws:\n")
     print(format_table(shown))
     print("\npictures:")
     for picture in pictures:

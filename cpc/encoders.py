@@ -179,4 +179,5 @@ def resnet_small(
     return PatchResNet(blocks, widths, stem="small", stem_width=width, stem_stride=stem_stride, norm=norm)
 
 
-ENCODERS = ("resnet161", "resnet50", "resnet101_v1", "resnet_small")
+ENCODERS = ("PatchResNet", "resnet161", "resnet50", "resnet101_v1", "resnet_small")
+"""What an `encoder.json` may name."""

@@ -54,6 +54,8 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
         try:
             job(cfg)
         except _USER_ERRORS as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":  # hydra's own switch for the whole traceback
+                raise
             sys.exit(_one_line(error))
 
     entry: Callable[[], None] = hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(
@@ -95,26 +97,22 @@ def check_complete(cfg: DictConfig) -> None:
         raise ValueError(f"not given: {', '.join(missing)}; pass them as {missing[0]}=VALUE, or an experiment=NAME")
 
 
-def start_accelerator(cfg: DictConfig) -> Accelerator:
+def start_accelerator(*, precision: str, device: str | None, threads: int | None, accumulate: int = 1) -> Accelerator:
     """Accelerate on CUDA where there is one and `device` does not say cpu, with `threads` CPU threads a process.
 
     Raises ValueError for fp16 without CUDA and for processes that did not find each other.
     """
-    if cfg.precision not in ("no", "bf16", "fp16"):
-        raise ValueError(f"precision={cfg.precision}: pass no, bf16 or fp16")
-    if cfg.device not in (None, "cpu", "cuda"):
-        raise ValueError(f"device={cfg.device}: pass cpu or cuda")
-    cpu = cfg.device == "cpu" or not torch.cuda.is_available()
-    if cpu and cfg.device == "cuda":
+    if precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"precision={precision}: pass no, bf16 or fp16")
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device={device}: pass cpu or cuda")
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if cpu and device == "cuda":
         raise ValueError("device=cuda, but torch finds no CUDA: pass device=cpu")
-    if cpu and cfg.precision == "fp16":
+    if cpu and precision == "fp16":
         raise ValueError("precision=fp16 needs CUDA: pass precision=bf16 or precision=no")
-    if cfg.threads is not None and cfg.threads < 1:
-        raise ValueError(f"threads={cfg.threads}: pass at least 1, or null for cores / processes")
-
-    # accelerate exports OMP_NUM_THREADS=1, which would leave all cores but one idle
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(cfg.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}: pass at least 1, or null for cores / processes")
 
     # buffers are each process's own, or equal by construction: DDP must not overwrite them from rank 0
     # (torch 2.14 is about to rename the argument, accelerate 1.15 does not know the new name)
@@ -122,10 +120,13 @@ def start_accelerator(cfg: DictConfig) -> Accelerator:
     distributed = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=cfg.precision,
-        gradient_accumulation_steps=cfg.accumulate,
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulate,
         kwargs_handlers=[distributed],
     )
+    # its launcher exports OMP_NUM_THREADS=1, which would leave all cores but one idle, and it may set its own count
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         raise ValueError(

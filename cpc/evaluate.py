@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from contrastive_core.data import Splits
-from contrastive_core.evaluate.features import extract_features
-from contrastive_core.evaluate.report import LabelledFeatures, frozen_rows
+from contrastive_core.data import BadImages, Splits
+from contrastive_core.evaluate.features import extract_features, pool_grid
+from contrastive_core.evaluate.linear import paper_linear_probe
+from contrastive_core.evaluate.report import LabelledFeatures, probe_rows
 from contrastive_core.plots import format_table
 from cpc.entry import build, check_complete, command, start_accelerator
-from cpc.features import FrozenEncoder, load_encoder, untrained_encoder
+from cpc.features import MODES, FrozenEncoder, load_encoder, untrained_encoder
 
 
 @dataclass
@@ -32,35 +35,62 @@ class EvaluateSchema:
     all_labels: bool
     paper_epochs: int
     untrained: bool
+    bad_images: float
     load_size: int | None
+    workers: int
     precision: str
     device: str | None
     threads: int | None
-    accumulate: int
     data: Any = None
 
 
-def extract_grids(
-    encoder: FrozenEncoder, splits: Splits, modes: list[str], accelerator: Accelerator
-) -> dict[str, LabelledFeatures]:
-    """Latent grids of training and test images, by mode; unlabelled images are left out."""
+def labelled(splits: Splits) -> Splits:
+    """Only the images that have a label, of training and test; ValueError where there are none."""
     if splits.test is None:
         raise ValueError("there are no test images: pass data.test=FILE, or a folder with train/ and test/")
-    encoder.readout, grids = "grid", {}
-    encoder.to(accelerator.device)
-    for mode in modes:
-        encoder.mode = mode
-        with accelerator.autocast():
-            parts = [extract_features(encoder, part, device=accelerator.device) for part in (splits.train, splits.test)]
-        grids[mode] = LabelledFeatures(*parts[0], *parts[1]).labelled()
-        if not len(grids[mode].train_labels) or not len(grids[mode].test_labels):
+    parts = []
+    for part in (splits.train, splits.test):
+        chosen = (part.labels >= 0).nonzero().flatten()
+        if not len(chosen):
             raise ValueError("there are no labels to evaluate with: the data needs a `label` column or class folders")
-    return grids
+        parts.append(part if len(chosen) == len(part) else part.subset(chosen))
+    return Splits(*parts)
 
 
-def load_splits(cfg: DictConfig, image_size: int) -> Splits:
+def extract(
+    encode: Callable[[Tensor], Tensor], splits: Splits, accelerator: Accelerator, **options: Any
+) -> LabelledFeatures:
+    """Features of training and test images, under the precision that was asked for."""
+    assert splits.test is not None
+    with accelerator.autocast():
+        parts = [
+            extract_features(encode, part, device=accelerator.device, **options) for part in (splits.train, splits.test)
+        ]
+    return LabelledFeatures(*parts[0], *parts[1])
+
+
+def extract_readouts(
+    encoder: FrozenEncoder, splits: Splits, cells: Sequence[int], accelerator: Accelerator, **options: Any
+) -> dict[str, LabelledFeatures]:
+    """The latent grids, pooled into each number of cells as soon as they are there: whole grids would fill the memory.
+
+    Example: `cells=[1, 2]` gives {"mean": `n d`, "2x2": `n 4 d`}.
+    """
+
+    def pooled(images: Tensor) -> Tensor:
+        grid = encoder(images)
+        return torch.cat([pool_grid(grid, count) for count in cells], dim=1)
+
+    together = extract(pooled, splits, accelerator, **options)
+    widths = [count**2 * encoder.dim for count in cells]
+    names = ["mean" if count == 1 else f"{count}x{count}" for count in cells]
+    columns = zip(together.train.split(widths, 1), together.test.split(widths, 1), strict=True)
+    return {name: together._replace(train=train, test=test) for name, (train, test) in zip(names, columns, strict=True)}
+
+
+def load_splits(cfg: DictConfig, load_size: int) -> Splits:
     """The data named on the command line, or else the run's own."""
-    cfg.load_size = cfg.load_size or image_size
+    cfg.load_size = cfg.load_size or load_size
     if cfg.data is not None:
         check_complete(cfg)
         splits: Splits = build(cfg.data)
@@ -77,37 +107,68 @@ def load_splits(cfg: DictConfig, image_size: int) -> Splits:
     return splits
 
 
-def evaluate(cfg: DictConfig) -> Path:
-    """Evaluate one run; prints a table, returns the path of the JSON file."""
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise ValueError that names the first key whose value cannot be meant."""
     if OmegaConf.is_missing(cfg, "run"):
         raise ValueError("not given: run; pass run=DIR, the folder of a run that has finished")
+    for name, least in {"draws": 1, "paper_epochs": 0, "workers": 0}.items():
+        if cfg[name] < least:
+            raise ValueError(f"{name}={cfg[name]}: pass at least {least}")
+    for name in ("cells", "labels_per_class"):
+        if any(number < 1 for number in cfg[name]):
+            raise ValueError(f"{name}={list(cfg[name])}: pass numbers of at least 1")
+    if not cfg.cells or not cfg.modes or not set(cfg.modes) <= set(MODES):
+        raise ValueError(f"modes={list(cfg.modes)} cells={list(cfg.cells)}: pass modes among {MODES}, and cells")
+
+
+def evaluate_encoder(
+    encoder: FrozenEncoder, splits: Splits, cfg: DictConfig, accelerator: Accelerator
+) -> list[dict[str, Any]]:
+    """The rows of one encoder, in every mode that it has."""
+    encoder.to(accelerator.device).readout = "grid"
+    rows: list[dict[str, Any]] = []
+    for mode in cfg.modes:
+        if mode == "patches" and not encoder.patch_size:
+            continue
+        encoder.mode = mode
+        options = {"batch_size": encoder.batch_size, "workers": cfg.workers, "bad_images": BadImages(cfg.bad_images)}
+        readouts = extract_readouts(encoder, splits, cfg.cells, accelerator, **options)
+        probes = probe_rows(readouts, per_class=cfg.labels_per_class, draws=cfg.draws, all_labels=cfg.all_labels)
+        rows += [{"mode": mode, **row} for row in probes]
+        if cfg.paper_epochs:
+            grids = extract(encoder, splits, accelerator, **options)
+            accuracy = paper_linear_probe(*grids, epochs=cfg.paper_epochs, device=accelerator.device).accuracy
+            labels = len(grids.train_labels)
+            rows.append({"mode": mode, "readout": "grid", "probe": "paper", "labels": labels, "accuracy": accuracy})
+    return rows
+
+
+def evaluate(cfg: DictConfig) -> Path:
+    """Evaluate one run; prints a table, returns the path of the JSON file."""
+    check_numbers(cfg)
     began = time.perf_counter()
     trained = load_encoder(cfg.run)
-    accelerator = start_accelerator(cfg)
-    splits = load_splits(cfg, trained.image_size)
+    accelerator = start_accelerator(precision=cfg.precision, device=cfg.device, threads=cfg.threads)
+    if accelerator.num_processes > 1:
+        raise ValueError("evaluation runs in one process: python tools/evaluate.py, without accelerate launch")
+    splits = labelled(load_splits(cfg, trained.load_size))
     encoders = {"trained": trained} | ({"untrained": untrained_encoder(cfg.run)} if cfg.untrained else {})
-    modes = [mode for mode in cfg.modes if mode != "patches" or trained.patch_size]
-    rows: list[dict[str, Any]] = []
-    for name, encoder in encoders.items():
-        grids = extract_grids(encoder, splits, modes, accelerator)
-        results = frozen_rows(
-            grids,
-            cells=cfg.cells,
-            per_class=cfg.labels_per_class,
-            draws=cfg.draws,
-            all_labels=cfg.all_labels,
-            paper_epochs=cfg.paper_epochs,
-        )
-        rows += [{"encoder": name, **row} for row in results]
+    rows = [
+        {"encoder": name, **row}
+        for name, encoder in encoders.items()
+        for row in evaluate_encoder(encoder, splits, cfg, accelerator)
+    ]
     print(format_table([{key: value for key, value in row.items() if key != "draws"} for row in rows]))
     written = Path(cfg.run) / "evaluation.json"
-    written.write_text(json.dumps({
+    record = {
         "run": str(cfg.run),
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - began, 1),
-        "test_images": len(splits.test) if splits.test is not None else 0,
+        "train_images": len(splits.train),
+        "test_images": len(splits.test or ()),
         "rows": rows,
-    }, indent=1) + "\n")  # fmt: skip
+    }
+    written.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {written}")
     return written
 

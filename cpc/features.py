@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as vision
 
 import contrastive_core.encoders
 import cpc.encoders
-from cpc.patches import extract_patches
+from cpc.patches import extract_patches, grid_side
 from cpc.views import normalise
 
 READOUTS = ("mean", "grid")
@@ -32,6 +32,8 @@ class FrozenEncoder(nn.Module):
     Args:
         encoder: as pre-training left it.
         image_size: pixels a side that it is fed.
+        load_size: pixels that the short side of another image is resized to before the crop, so that things are as
+            large as they were in training; None = image_size.
         patch_size, stride: the grid it was trained on; None for an encoder of whole images.
         mean, std: normalisation.
         mode: "patches" encodes every patch of the grid; "image" runs the encoder over the whole image.
@@ -45,6 +47,7 @@ class FrozenEncoder(nn.Module):
         encoder: nn.Module,
         *,
         image_size: int,
+        load_size: int | None = None,
         mean: Sequence[float],
         std: Sequence[float],
         patch_size: int | None = None,
@@ -56,9 +59,17 @@ class FrozenEncoder(nn.Module):
         self.encoder = encoder
         self.dim: int = encoder.dim  # type: ignore[assignment]  # nn.Module types attributes as Tensor | Module
         self.image_size, self.patch_size, self.stride = image_size, patch_size, stride
+        self.load_size = load_size or image_size
         self.mean, self.std = tuple(mean), tuple(std)
         self.mode = mode or ("patches" if patch_size else "image")
         self.readout = readout
+
+    @property
+    def batch_size(self) -> int:
+        """Images at a time for feature extraction: about 2,300 patches, which ResNet-161 encodes in 2 GiB."""
+        if not self.patch_size:
+            return 64
+        return max(1, 2304 // grid_side(self.image_size, self.patch_size, self.stride or 1) ** 2)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check(images)
@@ -85,10 +96,11 @@ class FrozenEncoder(nn.Module):
             raise ValueError('this encoder was trained on whole images and has no patch grid: pass mode="image"')
 
     def _fit(self, images: Tensor) -> Tensor:
-        size = self.image_size
-        if images.shape[-2:] == (size, size):
+        if images.shape[-2:] == (self.image_size, self.image_size):
             return images
-        return vision.center_crop(vision.resize(images, [size], antialias=True).clamp(0, 1), [size, size])
+        if min(images.shape[-2:]) != self.load_size:
+            images = vision.resize(images, [self.load_size], antialias=True).clamp(0, 1)
+        return vision.center_crop(images, [self.image_size, self.image_size])
 
 
 # where a trunk's first weights came from: the file's own take their place, so nothing is fetched
@@ -105,18 +117,24 @@ def build_encoder(architecture: dict[str, Any]) -> nn.Module:
     """The encoder of a card's `architecture`: {"name": "cpc.encoders.resnet_small", "arguments": {"width": 32}}."""
     known = constructors()
     if architecture["name"] not in known:
-        raise ValueError(f"encoder {architecture['name']!r} is not one of {', '.join(sorted(known))}")
+        raise ValueError(
+            f"encoder {architecture['name']!r} is not one of {', '.join(sorted(known))}: "
+            f"pass load_encoder(path, encoder=MODULE) with a module of that architecture"
+        )
     arguments = {name: value for name, value in architecture["arguments"].items() if name not in _FIRST_WEIGHTS}
     return known[architecture["name"]](**arguments)
 
 
-def load_encoder(path: str | Path, *, readout: str = "mean", mode: str | None = None) -> FrozenEncoder:
+def load_encoder(
+    path: str | Path, *, readout: str = "mean", mode: str | None = None, encoder: nn.Module | None = None
+) -> FrozenEncoder:
     """Read a run's encoder back, ready for use.
 
     Args:
         path: the run's folder, or its `encoder.safetensors`; `encoder.json` must stand beside it.
         readout: "mean" -> features `b d`; "grid" -> `b rows cols d`.
         mode: "patches" (the default where the encoder was trained on patches) or "image".
+        encoder: the module to put the weights into, for an architecture that is not one of ours.
 
     Returns an `nn.Module` in eval mode: images `b 3 h w` in [0, 1] of any size -> features.
 
@@ -128,7 +146,7 @@ def load_encoder(path: str | Path, *, readout: str = "mean", mode: str | None = 
         features = encoder(images)
     """
     weights, card = read_card(path)
-    encoder = build_encoder(card["architecture"])
+    encoder = build_encoder(card["architecture"]) if encoder is None else encoder
     try:
         encoder.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:

@@ -70,7 +70,7 @@ class CPC(Method):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         (patches,) = batch.views
-        images, rows, cols = patches.shape[:3]
+        rows, cols = patches.shape[1:3]
         check_offsets(self.offsets, rows, cols)
         features = self.encoder(rearrange(patches, "b rows cols c ph pw -> (b rows cols) c ph pw"))
         latents = rearrange(features, "(b rows cols) d -> b rows cols d", rows=rows, cols=cols)
@@ -80,7 +80,7 @@ class CPC(Method):
 
     def contrast(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its metrics from latents `b rows cols d`: the paper's pseudo-code."""
-        images, rows, cols, _ = latents.shape
+        b, rows, cols, _ = latents.shape
         local = rearrange(self.target_projection(latents), "b rows cols d -> (b rows cols) d")
         targets = all_gather(local)
         losses, metrics = [], {}
@@ -88,7 +88,7 @@ class CPC(Method):
             context = self.contexts[self.context_of[direction]](turn(latents, direction))
             for offset in self.offsets:
                 predictions = self.heads[direction](context, offset)
-                positive = positive_cells(images, rows, cols, offset, direction) + first_row(len(local))
+                positive = positive_cells(b, rows, cols, offset, direction) + first_row(len(local))
                 positive = positive.to(latents.device, non_blocking=True)
                 losses.append(self.loss(predictions, targets, positive, gather=False))
                 metrics[f"accuracy/{direction}_{offset}"] = contrast_accuracy(predictions, targets, positive)

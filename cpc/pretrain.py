@@ -79,19 +79,25 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
+def encoder_input(cfg: DictConfig) -> dict[str, Any]:
+    """What the encoder is fed, as `FrozenEncoder` takes it and `encoder.json` says it."""
+    return {
+        "load_size": cfg.load_size,
+        "image_size": cfg.image_size,
+        "patch_size": cfg.patch.size,
+        "stride": cfg.patch.stride,
+        "mean": list(cfg.mean),
+        "std": list(cfg.std),
+    }
+
+
 def encoder_card(cfg: DictConfig, method: Method) -> dict[str, Any]:
     """What `encoder.json` says: how to build the encoder, what to feed it, and where it comes from."""
     arguments = plain(cfg.encoder)
     name = arguments.pop("_target_")
     return {
         "architecture": {"name": name, "arguments": arguments},
-        "input": {
-            "image_size": cfg.image_size,
-            "patch_size": cfg.patch.size,
-            "stride": cfg.patch.stride,
-            "mean": list(cfg.mean),
-            "std": list(cfg.std),
-        },
+        "input": encoder_input(cfg),
         "dim": method.encoder.dim,
         "method": type(method).__name__,
     }
@@ -152,11 +158,15 @@ def probe_sets(dataset: ImageDataset, count: int) -> tuple[ImageDataset, ImageDa
     return dataset.subset(chosen[split:]), dataset.subset(chosen[:split])
 
 
-def probe(encoder: nn.Module, sets: tuple[ImageDataset, ImageDataset], cfg: DictConfig, device: torch.device) -> float:
-    """kNN accuracy of the mean latents, as the encoder stands."""
-    inputs = {"image_size": cfg.image_size, "patch_size": cfg.patch.size, "stride": cfg.patch.stride}
-    frozen = FrozenEncoder(encoder, **inputs, mean=cfg.mean, std=cfg.std)
-    bank, queries = (extract_features(frozen, dataset, device=device) for dataset in sets)
+def probe(
+    encoder: FrozenEncoder, sets: tuple[ImageDataset, ImageDataset], accelerator: Accelerator, bad_images: float
+) -> float:
+    """kNN accuracy of the mean latents, as the encoder stands; `bad_images` is the share that may be undecodable."""
+    options = {"batch_size": encoder.batch_size, "device": accelerator.device}
+    with accelerator.autocast():
+        bank, queries = (
+            extract_features(encoder, dataset, bad_images=BadImages(bad_images), **options) for dataset in sets
+        )
     return float(knn_accuracy(*bank, *queries))
 
 
@@ -193,6 +203,11 @@ def rounding(accelerator: Accelerator) -> dict[str, int]:
     return {"threads": torch.get_num_threads(), "processes": accelerator.num_processes}
 
 
+def run_state(accelerator: Accelerator) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors and the step: nothing else has a memory."""
+    return rounding(accelerator) | ({} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()})
+
+
 def resume_(
     checkpoint: Path | None, modules: dict[str, nn.Module], optimizer: Optimizer, accelerator: Accelerator
 ) -> int:
@@ -200,6 +215,8 @@ def resume_(
     if checkpoint is None:
         return 0
     state = load_checkpoint_(checkpoint, modules, optimizer)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
     before, now = {name: state.get(name) for name in rounding(accelerator)}, rounding(accelerator)
     if before != now and accelerator.is_main_process:
         logger.warning("resumed with %s, saved with %s: the numbers will differ in their last bits", now, before)
@@ -211,10 +228,13 @@ def pretrain(cfg: DictConfig) -> Path:
     """Run one configuration to its end; returns the run's folder."""
     check_complete(cfg)
     check_numbers(cfg)
-    accelerator = start_accelerator(cfg)
+    accelerator = start_accelerator(
+        precision=cfg.precision, device=cfg.device, threads=cfg.threads, accumulate=cfg.accumulate
+    )
     config = plain(cfg)
     run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)
-    checkpoint = checkpoint_to_resume(run_dir, config, resume=cfg.resume == "auto")
+    resume = cfg.resume == "auto"
+    checkpoint = checkpoint_to_resume(run_dir, config, resume=resume)
 
     # the pieces, in the order in which a mistake is cheapest to find
     torch.manual_seed(cfg.seed)
@@ -256,11 +276,12 @@ def pretrain(cfg: DictConfig) -> Path:
     )
     main_process = accelerator.is_main_process
     sets = probe_sets(dataset, cfg.probe_images) if cfg.probe_every and main_process else None
+    probed = FrozenEncoder(exported.encoder, **encoder_input(cfg))
     bad_images, throughput = BadImages(cfg.bad_images), Throughput()
 
     # nothing has been written so far: a mistake leaves no folder behind
     with (
-        claimed(run_dir, config, accelerator),
+        claimed(run_dir, config, accelerator, resume=resume),
         RunLog(run_dir, start=start, steps=cfg.steps) if main_process else nullcontext() as log,
     ):
         for result in results:
@@ -278,15 +299,16 @@ def pretrain(cfg: DictConfig) -> Path:
             log.advance()
             with throughput.paused():
                 if sets is not None and (last or result.step % cfg.probe_every == 0):
-                    accuracy = probe(exported.encoder, sets, cfg, accelerator.device)
+                    accuracy = probe(probed, sets, accelerator, cfg.bad_images)
                     log.write({"step": result.step, "knn": accuracy})
-                    log.say(f"step {result.step}: kNN on held-out training images {accuracy:.3f}")
+                    log.say(f"step {result.step}: kNN accuracy among training images {accuracy:.3f}")
                 if last or result.step % cfg.save_every == 0:
-                    extra, keep = rounding(accelerator), cfg.keep_checkpoints
+                    extra, keep = run_state(accelerator), cfg.keep_checkpoints
                     save_checkpoint(run_dir / "checkpoints", result.step, modules, optimizer, extra, keep)
 
+        if main_process:
+            export_encoder(run_dir, exported.encoder, encoder_card(cfg, exported))
     if main_process:
-        export_encoder(run_dir, exported.encoder, encoder_card(cfg, exported))
         print(f"encoder: {run_dir / 'encoder.safetensors'}\nread it with: cpc.load_encoder({str(run_dir)!r})")
     accelerator.wait_for_everyone()
     return run_dir

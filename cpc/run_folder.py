@@ -69,15 +69,17 @@ def checkpoint_to_resume(run_dir: Path, config: dict[str, Any], *, resume: bool)
 
 
 @contextmanager
-def claimed(run_dir: Path, config: dict[str, Any], accelerator: Accelerator) -> Iterator[None]:
+def claimed(run_dir: Path, config: dict[str, Any], accelerator: Accelerator, *, resume: bool) -> Iterator[None]:
     """Write `config.yaml` if there is none, and keep every other run out of the folder until the end.
 
-    Raises FileExistsError where another run is at work in the folder.
+    Raises FileExistsError where another run is at work in the folder, or was since `checkpoint_to_resume` looked.
     """
     accelerator.wait_for_everyone()  # all have looked before the main process writes
     with _locked(run_dir) if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process and not (run_dir / "config.yaml").is_file():
-            (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        if accelerator.is_main_process:
+            checkpoint_to_resume(run_dir, config, resume=resume)
+            if not (run_dir / "config.yaml").is_file():
+                (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         yield
 
 

@@ -24,8 +24,9 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 # Before anything imports pyplot, here and in the commands, which inherit it.
 os.environ["MPLBACKEND"] = "Agg"
 
-# A fixed count, since sums split over other thread counts differ in their last bits.
-torch.set_num_threads(2)
+# A fixed count, since sums split over other thread counts differ in their last bits; one, since jobs this small
+# spend two on waiting for each other.
+torch.set_num_threads(1)
 
 # Shared cores make single examples slow now and then: pytest's own limit watches over the whole test.
 settings.register_profile("shared cores", deadline=None)
@@ -98,15 +99,19 @@ def launch_tool(tmp_path: Path) -> Callable[..., Completed]:
 
 @pytest.fixture
 def compose() -> Callable[..., Any]:
-    """`compose("data=parquet", "steps=3")`: the configuration that tools/pretrain_cpc.py gets from these arguments."""
+    """`compose("data=parquet", "steps=3")`: the configuration that a tool gets from these arguments.
+
+    The tool is tools/pretrain_cpc.py unless `name` is another file of configs/.
+    """
     import hydra
 
-    import cpc.pretrain  # noqa: F401  # registers the schema and the resolver
+    import cpc.evaluate
+    import cpc.pretrain  # noqa: F401  # registers the schemas and the resolver
     from cpc.configs import config_folder
 
-    def composed(*overrides: str) -> Any:
+    def composed(*overrides: str, name: str = "pretrain_cpc") -> Any:
         with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
-            return hydra.compose("pretrain_cpc", list(overrides))
+            return hydra.compose(name, list(overrides))
 
     return composed
 

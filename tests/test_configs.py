@@ -44,12 +44,18 @@ _composed = {}  # composing takes a quarter of a second, and the ladder's rungs 
 
 
 def experiment(compose, name, *overrides):
-    """An experiment, with data where it brings none of its own."""
+    """An experiment, with the place of its data."""
     key = (name, *overrides)
     if key not in _composed:
-        data = [] if name.startswith("imagenet") else ["data=imagenet"]
-        _composed[key] = compose(f"experiment={name}", *data, "data.root=x", *overrides)
+        place = "data.train=x" if name in ("cifar10_cpc", "tinyimagenet_cpc") else "data.root=x"
+        _composed[key] = compose(f"experiment={name}", place, *overrides)
     return copy.deepcopy(_composed[key])
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_an_experiment_never_falls_back_on_the_digits(compose, name):
+    with pytest.raises(ValueError, match=r"not given: data\.(root|train)"):
+        check_complete(compose(f"experiment={name}"))
 
 
 def resolved(cfg):
@@ -200,3 +206,31 @@ def test_splits_are_what_a_data_set_gives(compose):
     splits = build(compose("data.size=8").data)
     assert isinstance(splits, Splits)
     assert splits.train[0].image.shape == (3, 8, 8)
+
+
+RUNG_VALUES = [
+    ("ladder_0_v1", {"directions": ["down"], "offsets": [2], "encoder": "resnet101_v1", "norm": "batch"}),
+    ("ladder_1_capacity", {"directions": ["down"], "offsets": [2], "encoder": "resnet161", "norm": "batch"}),
+    ("ladder_2_bottom_up", {"directions": ["down", "up"], "norm": "batch"}),
+    ("ladder_3_layer_norm", {"norm": "layer", "patch_augment": "patch_augment_v1"}),
+    ("ladder_4_colour_dropping", {"channel_drop": 1.0, "directions": ["down", "up"]}),
+    ("ladder_5_all_directions", {"directions": ["down", "up", "right", "left"], "offsets": [2]}),
+    ("ladder_6_larger_patches", {"offsets": [3], "patch_augment": "patch_augment_v1"}),
+    ("ladder_7_patch_augmentation", {"offsets": [3], "patch_augment": "patch_augment_v2", "channel_drop": 1.0}),
+    ("ladder_0_no_norm", {"norm": "none", "directions": ["down"]}),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), RUNG_VALUES)
+def test_what_each_rung_is(compose, name, values):
+    cfg = experiment(compose, name)
+    augment = cfg.views.patch_augment
+    found = {
+        "directions": list(cfg.method.directions),
+        "offsets": [int(offset) for offset in cfg.method.offsets],
+        "encoder": cfg.encoder._target_.split(".")[-1],
+        "norm": cfg.encoder.norm,
+        "patch_augment": augment._target_.split(".")[-1],
+        "channel_drop": augment.get("channel_drop"),
+    }
+    assert {key: found[key] for key in values} == values

@@ -3,8 +3,6 @@ import torch
 
 from cpc.context import DIRECTIONS, ContextNetwork, turn, turn_back
 
-torch.manual_seed(0)
-
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 7, 5, 1), (3, 1, 4, 2)])
@@ -29,6 +27,7 @@ def test_an_unknown_direction_is_named():
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_gradient_to_every_cell_ahead_is_exactly_zero(direction):
     """Every context cell against every latent cell, on a grid that is not square."""
+    torch.manual_seed(0)
     network = ContextNetwork(16, width=16, layers=2).double()
     latents = torch.randn(1, 5, 7, 16, dtype=torch.float64, requires_grad=True)
     context = turn_back(network(turn(latents, direction)), direction)
@@ -53,8 +52,9 @@ def test_the_gradient_to_every_cell_ahead_is_exactly_zero(direction):
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_the_receptive_field_is_as_stated(layers):
-    network = ContextNetwork(4, width=16, layers=layers).double()
-    latents = torch.randn(1, 9, 9, 4, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)
+    network = ContextNetwork(16, width=16, layers=layers).double()
+    latents = torch.randn(1, 9, 9, 16, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(network(latents)[0, 6, 4].sum(), latents)
     seen = gradient[0].ne(0).any(-1).nonzero()
     assert seen[:, 0].min() == 6 - layers

@@ -49,9 +49,7 @@ def pseudo_code(cpc, latents, direction, offset, scale=0.1):
     images, height, width, _ = grid.shape
     context = cpc.contexts[cpc.context_of[direction]](grid)
     head = cpc.heads[direction].heads[str(offset)]
-    targets = [
-        cpc.target_projection(grid[b, r, c]) for b in range(images) for r in range(height) for c in range(width)
-    ]
+    targets = [cpc.target_projection(grid[b, r, c]) for b in range(images) for r in range(height) for c in range(width)]
     total, count = 0.0, 0
     for b in range(images):
         for r in range(height - offset):

@@ -120,3 +120,11 @@ def test_a_trunk_of_tokens_has_features_but_no_map():
     assert trunk(torch.rand(2, 3, 32, 32)).shape == (2, trunk.dim)
     with pytest.raises(ValueError, match="has no feature map"):
         trunk.feature_map(torch.rand(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("build", [resnet161, resnet50, resnet101_v1])
+@pytest.mark.parametrize("pixels", [17, 64, 80, 260])
+def test_the_papers_encoders_take_any_patch_and_a_whole_image(build, pixels):
+    with torch.device("meta"):
+        encoder = build(norm="layer").eval()
+        assert encoder(torch.zeros(2, 3, pixels, pixels)).shape == (2, encoder.dim)

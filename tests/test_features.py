@@ -139,7 +139,7 @@ def rewrite_card(run, **changes):
     (run / "encoder.json").write_text(json.dumps(CARD | changes))
 
 
-@pytest.mark.parametrize("name", ["os.system", "cpc.encoders.PatchResNet", "cpc.encoders.normalisation", "torch.load"])
+@pytest.mark.parametrize("name", ["os.system", "cpc.encoders.ResidualBlock", "cpc.encoders.ENCODERS", "torch.load"])
 def test_a_card_calls_no_other_code(run, name):
     rewrite_card(run, architecture={"name": name, "arguments": {}})
     with pytest.raises(ValueError, match=rf"encoder '{name}' is not one of .*cpc\.encoders\.resnet161"):
@@ -233,3 +233,23 @@ def test_reading_a_pretrained_trunk_fetches_nothing(monkeypatch):
     with pytest.raises(AttributeError):  # a bare module is no trunk
         build_encoder({"name": "contrastive_core.encoders.TimmTrunk", "arguments": arguments})
     assert asked == [("resnet18", {"num_classes": 0, "in_chans": 3})]
+
+
+def test_an_architecture_of_ones_own_is_handed_over(run):
+    expected = load_encoder(run)(images())
+    rewrite_card(run, architecture={"name": "my.Encoder", "arguments": {}})
+    with pytest.raises(ValueError, match=r"pass load_encoder\(path, encoder=MODULE\)"):
+        load_encoder(run)
+    found = load_encoder(run, encoder=build_encoder(CARD["architecture"]))(images())
+    torch.testing.assert_close(found, expected)
+
+
+def test_things_are_as_large_as_in_training():
+    """Trained on crops of 20 px from 24: an image of 48 px is resized to 24 and cropped, one of 20 px fed as it is."""
+    mean = resnet_small(4)
+    mean.forward = lambda pixels: pixels.mean((2, 3))
+    encoder = FrozenEncoder(mean, image_size=20, load_size=24, mean=[0, 0, 0], std=[1, 1, 1])
+    pixels = torch.zeros(1, 3, 48, 48)
+    pixels[:, :, 4:44, 4:44] = 1  # the middle 40 of 48 px become the 20 of 24 that are kept
+    torch.testing.assert_close(encoder(pixels), torch.ones(1, 3), rtol=0, atol=2e-2)
+    assert encoder(torch.zeros(1, 3, 20, 20)).sum() == 0

@@ -18,10 +18,7 @@ ENTRY_POINTS = {
     "cpc/demo.py",
     "cpc/entry.py",
     "cpc/evaluate.py",
-    "cpc/finetune.py",
     "cpc/pretrain.py",
-    "cpc/show_patches.py",
-    "cpc/sweep_labels.py",
 }
 
 

@@ -54,7 +54,9 @@ def test_gradients():
     keys = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     positive = torch.tensor([0, 4, 4])
-    assert torch.autograd.gradcheck(lambda q, k, t: info_nce(q, k, positive, temperature=t), (queries, keys, temperature))
+    assert torch.autograd.gradcheck(
+        lambda q, k, t: info_nce(q, k, positive, temperature=t), (queries, keys, temperature)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -85,7 +87,7 @@ def test_wrong_shapes_are_named(queries, keys, positive, words):
 
 def test_other_wrong_arguments_are_named():
     queries = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="dtype torch.float32"):
+    with pytest.raises(ValueError, match=r"dtype torch\.float32"):
         info_nce(queries, queries, torch.zeros(2))
     with pytest.raises(ValueError, match='reduction=\'max\': pass "mean", "sum" or "none"'):
         info_nce(queries, queries, torch.arange(2), reduction="max")
@@ -106,3 +108,12 @@ def test_feature_std():
     assert feature_std(torch.ones(10, 4)) == 0
     assert feature_std(torch.zeros(10, 4)) == 0
     assert float(feature_std(torch.randn(4000, 64))) == pytest.approx(1 / 8, rel=0.02)
+
+
+def test_contrast_accuracy_is_not_rounded_under_autocast():
+    """Scores that differ by a thousandth tie in bf16, and a tie is a miss."""
+    queries = torch.ones(8, 4)
+    keys = torch.full((8, 4), 10.0)
+    keys[3] += 0.01
+    with torch.autocast("cpu", torch.bfloat16):
+        assert contrast_accuracy(queries, keys, torch.full((8,), 3)) == 1

@@ -215,14 +215,14 @@ def paper_linear_probe(
         # momentum=None: the plain mean over all batches; the usual one still holds its initial 0 and 1 in a short run
         normalise = nn.BatchNorm1d(dim, affine=False, momentum=None)
         head = nn.Sequential(normalise, nn.Linear(dim, classes)).to(device)
-    optimiser = torch.optim.Adam(head.parameters(), learning_rate)
+    optimizer = torch.optim.Adam(head.parameters(), learning_rate)
     parts = -(-len(train_y) // batch_size)
     for epoch in range(epochs):
         for rows in sample_order(len(train_y), seed, epoch).tensor_split(parts):  # even: no batch of one to normalise
             loss = cross_entropy(_mean_logits(head, train_latents[rows].to(device)), train_y[rows].to(device))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     head.eval()
     with torch.no_grad():
         logits = torch.cat([_mean_logits(head, part.to(device)).cpu() for part in test_latents.split(batch_size)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contrastive_core.evaluate.features import pool_grid
 from contrastive_core.evaluate.knn import knn_accuracy
-from contrastive_core.evaluate.linear import Classifier, few_label_accuracy, linear_probe, paper_linear_probe
+from contrastive_core.evaluate.linear import Classifier, few_label_accuracy, linear_probe
 
 
 class LabelledFeatures(NamedTuple):
@@ -24,11 +24,6 @@ class LabelledFeatures(NamedTuple):
     def pooled(self, cells: int) -> LabelledFeatures:
         """The latent grids `n rows cols d` averaged into cells x cells and laid side by side."""
         return self._replace(train=pool_grid(self.train, cells), test=pool_grid(self.test, cells))
-
-    def labelled(self) -> LabelledFeatures:
-        """Without the rows that have no label (-1)."""
-        train, test = self.train_labels >= 0, self.test_labels >= 0
-        return LabelledFeatures(self.train[train], self.train_labels[train], self.test[test], self.test_labels[test])
 
 
 def few_label_row(
@@ -44,40 +39,24 @@ def few_label_row(
     }
 
 
-def frozen_rows(
-    grids: Mapping[str, LabelledFeatures],
-    *,
-    cells: Sequence[int] = (1, 2),
-    per_class: Sequence[int] = (),
-    draws: int = 5,
-    all_labels: bool = True,
-    paper_epochs: int = 0,
+def probe_rows(
+    readouts: Mapping[str, LabelledFeatures], *, per_class: Sequence[int] = (), draws: int = 5, all_labels: bool = True
 ) -> list[dict[str, Any]]:
-    """kNN, linear probes on all and on few labels, and the paper's probe, for each mode and readout.
+    """kNN and linear probes, on all and on few labels, for each readout.
 
     Args:
-        grids: by mode ("patches", "image"), latent grids `n rows cols d`.
-        cells: readouts: 1 = the mean over the grid, 2 = 2x2 cells side by side, ...
+        readouts: features `n d` by the readout's name ("mean", "2x2").
         per_class: label counts a class for the few-label rows, each the mean over `draws` draws.
         all_labels: also use all training labels (kNN and the linear probe).
-        paper_epochs: epochs of the paper's linear probe on the grid; 0 leaves it out.
 
-    Returns rows {"mode", "readout", "probe", "labels", "accuracy", ...}.
+    Returns rows {"readout", "probe", "labels", "accuracy", ...}.
     """
     rows: list[dict[str, Any]] = []
-    for mode, grid in grids.items():
-        labels = len(grid.train_labels)
-        for count in cells:
-            features = grid.pooled(count)
-            names = {"mode": mode, "readout": "mean" if count == 1 else f"{count}x{count}"}
-            rows += [{**names, "probe": "linear", **few_label_row(features, number, draws)} for number in per_class]
-            if all_labels:
-                accuracy = knn_accuracy(*features)
-                rows.append({**names, "probe": "kNN", "labels": labels, "accuracy": accuracy})
-                rows.append(
-                    {**names, "probe": "linear", "labels": labels, "accuracy": linear_probe(*features).accuracy}
-                )
-        if paper_epochs:
-            accuracy = paper_linear_probe(*grid, epochs=paper_epochs).accuracy
-            rows.append({"mode": mode, "readout": "grid", "probe": "paper", "labels": labels, "accuracy": accuracy})
+    for readout, features in readouts.items():
+        few = [few_label_row(features, number, draws) for number in per_class]
+        rows += [{"readout": readout, "probe": "linear", **row} for row in few]
+        if all_labels:
+            for probe, accuracy in (("kNN", knn_accuracy(*features)), ("linear", linear_probe(*features).accuracy)):
+                labels = len(features.train_labels)
+                rows.append({"readout": readout, "probe": probe, "labels": labels, "accuracy": accuracy})
     return rows
