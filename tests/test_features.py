@@ -251,5 +251,5 @@ def test_things_are_as_large_as_in_training():
     encoder = FrozenEncoder(mean, image_size=20, load_size=24, mean=[0, 0, 0], std=[1, 1, 1])
     pixels = torch.zeros(1, 3, 48, 48)
     pixels[:, :, 4:44, 4:44] = 1  # the middle 40 of 48 px become the 20 of 24 that are kept
-    torch.testing.assert_close(encoder(pixels), torch.ones(1, 3), rtol=0, atol=2e-2)
+    torch.testing.assert_close(encoder(pixels), torch.ones(1, 3), rtol=0, atol=4e-2)  # the border is blurred
     assert encoder(torch.zeros(1, 3, 20, 20)).sum() == 0

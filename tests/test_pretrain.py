@@ -254,9 +254,7 @@ def test_a_batch_of_one_image_has_its_own_patches_for_candidates(start):
 
 def test_bfloat16_is_near_float32(start):
     (half,) = read_metrics(start("steps=1", "precision=bf16"))
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # one precision a process, as far as accelerate is concerned
+    AcceleratorState._reset_state(reset_partial_state=True)  # it knows one precision a process
     (full,) = read_metrics(start("steps=1", run_dir="full"))
     assert half["loss"] == pytest.approx(full["loss"], rel=2e-3)
     assert half["loss"] != full["loss"]
