@@ -89,7 +89,7 @@ def plot_loss(metrics_rows: Rows, path: StrPath) -> None:
             color=RUST,
         )
         probe.margins(y=0.15)
-        _tidy(probe, "optimizer step", "kNN accuracy on held-out images (%)")
+        _tidy(probe, "optimizer step", "kNN among training images (%)")
     save_figure(figure, path)
 
 

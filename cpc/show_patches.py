@@ -79,11 +79,12 @@ def draw(image: Tensor, patches: Tensor, augmented: Tensor, stride: int, recipe:
         (tile_patches(patches, gap), f"{rows}x{cols} patches of {size} px at stride {stride}\n{overlap}"),
         (tile_patches(augmented, gap), f"augmented ({recipe})\neach patch on its own"),
     ]
-    figure = Figure(figsize=(15, 5.5), layout="constrained")
+    figure = Figure(figsize=(15, 5.45), layout="constrained")
     for axes, (picture, title) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
         axes.set_title(title, fontsize=13)
         axes.axis("off")
+        axes.set_anchor("S")  # the space that is left goes to the titles
         if picture is image:
             for row in range(rows):
                 for col in range(cols):
