@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 import cpc
-from contrastive_core.data import ImageDataset, mnist5k
+from contrastive_core.data import ImageDataset, TooManyBadImages, mnist5k
 from contrastive_core.run_log import RunLog, read_metrics
 from cpc.features import load_encoder
 from cpc.pretrain import main, pretrain, probe_sets
@@ -312,3 +313,18 @@ def test_the_probe_looks_at_training_images_only_and_asks_about_others_than_it_h
     assert not (seen[0] | seen[1]) & seen[2]
     unlabelled = ImageDataset(train.pixels[:50].permute(0, 2, 3, 1).numpy(), size=28)
     assert probe_sets(unlabelled, 500) is None
+
+
+def test_a_bad_image_is_named_and_counted_and_too_many_stop_the_run(start, tmp_path, caplog):
+    for i in range(24):
+        Image.new("RGB", (28, 28), (i * 10, 0, 0)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "07.png").write_bytes((tmp_path / "07.png").read_bytes()[:40])
+    data = ["data=imagefolder", f"data.root={tmp_path}", "image_size=28", "patch.size=8", "patch.stride=4"]
+    with caplog.at_level(logging.WARNING):
+        folder = start("steps=6", "bad_images=0.1", *data)
+    assert len(read_metrics(folder)) == 6
+    assert [record.getMessage().count("07.png") for record in caplog.records if "bad image" in record.getMessage()] == [
+        1
+    ]
+    with pytest.raises(TooManyBadImages, match=r"1 of \d+ images seen cannot be decoded"):
+        start("steps=6", "bad_images=0", *data, run_dir="strict")
