@@ -8,20 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Trunk(nn.Module):
-    """A trunk that gives a feature map; `forward` is its spatial mean."""
-
-    dim: int
-
-    def feature_map(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, images: Tensor) -> Tensor:
-        """`b 3 h w` -> `b d`."""
-        return self.feature_map(images).mean((2, 3))
-
-
-class TorchvisionTrunk(_Trunk):
+class TorchvisionTrunk(nn.Module):
     """A torchvision classifier up to its last feature map.
 
     Args:
@@ -30,6 +17,8 @@ class TorchvisionTrunk(_Trunk):
 
     Example: `TorchvisionTrunk("resnet18").dim == 512`.
     """
+
+    dim: int
 
     def __init__(self, name: str, node: str = "layer4", **arguments: Any) -> None:
         super().__init__()
@@ -46,14 +35,20 @@ class TorchvisionTrunk(_Trunk):
         features: Tensor = self.trunk(images)["map"]
         return features
 
+    def forward(self, images: Tensor) -> Tensor:
+        """`b 3 h w` -> `b d`, the spatial mean of the feature map."""
+        return self.feature_map(images).mean((2, 3))
 
-class TimmTrunk(_Trunk):
+
+class TimmTrunk(nn.Module):
     """A timm model without its classifier (`pip install "cpc-images[vit]"`).
 
     Further arguments go to `timm.create_model`.
 
     Example: `TimmTrunk("resnet18").dim == 512`.
     """
+
+    dim: int
 
     def __init__(self, name: str, **arguments: Any) -> None:
         super().__init__()
