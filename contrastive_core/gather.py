@@ -1,17 +1,25 @@
-"""All-gather that carries gradients.
+"""All-gather that carries gradients, for any number of rows a process.
 
 `torch.distributed.all_gather` cuts the graph, and putting back only the local shard keeps just a part of the
 gradient: a row of this process is a candidate for the queries of every other process too. The backward here sums
 the gradients that all processes have for a row.
+
+Processes may hold different numbers of rows (a last batch). What they must agree on first are the numbers:
+
+    counts = row_counts(len(rows))        # one small exchange
+    gathered = all_gather(rows, counts)   # in rank order; this process's begin at first_row(counts)
+    loss = own_mean * mean_weight(counts)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn import functional as F
 
 
 def world() -> tuple[int, int]:
@@ -21,32 +29,72 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def exchange(*numbers: int) -> list[tuple[int, ...]]:
+    """The integers of every process, in rank order. All processes must call it, with as many numbers.
+
+    Example: on two processes, `exchange(3, 7)` and `exchange(2, 8)` both give [(3, 7), (2, 8)].
+    """
+    if world()[1] == 1:
+        return [numbers]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    everyone = [torch.empty_like(own) for _ in range(world()[1])]
+    dist.all_gather(everyone, own)
+    return [tuple(row) for row in torch.stack(everyone).tolist()]
+
+
+def row_counts(count: int) -> list[int]:
+    """How many rows each process holds, in rank order."""
+    return [rows for (rows,) in exchange(count)]
+
+
+def first_row(counts: Sequence[int]) -> int:
+    """Where this process's rows begin among the gathered ones. Example: [3, 2] on rank 1 gives 3."""
+    return sum(counts[: world()[0]])
+
+
+def mean_weight(counts: Sequence[int]) -> float:
+    """What to multiply this process's mean by, so that DDP's average over processes is the mean of the joint batch.
+
+    n_local x W / n_global: 1 where all counts are equal. Example: with [3, 1] rank 0 gets 1.5 and rank 1 gets 0.5.
+    """
+    return len(counts) * counts[world()[0]] / sum(counts)
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        rows = rows.contiguous()
-        shards = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(shards, rows)
-        return torch.cat(shards)
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        longest = max(counts)  # every process sends as many rows
+        padded = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, longest - len(rows))).contiguous()
+        shards = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(shards, padded)
+        return torch.cat([shard[:count] for shard, count in zip(shards, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         total = gradients[0].contiguous().clone()
         dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+        return total.split(ctx.counts)[dist.get_rank()], None
 
 
-def all_gather(rows: Tensor) -> Tensor:
-    """The rows of all processes, in rank order, with gradients: `n ...` -> `(world n) ...`.
+def all_gather(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+    """The rows of all processes, in rank order, with gradients: `n ...` -> `(sum of n) ...`.
 
-    Every process must hold the same number of rows. Where torch.distributed is not initialised, or with one
-    process, `rows` is returned as it is.
+    Args:
+        rows: `n ...`; n may differ between processes, the rest may not.
+        counts: every process's n, from `row_counts`; None = exchange them here.
+
+    Where torch.distributed is not initialised, or with one process, `rows` is returned as it is.
+
+    Raises ValueError where `counts` does not say how many rows this process holds.
 
     Example: on two processes holding [[0.]] and [[1.]], both get [[0.], [1.]].
     """
-    return rows if world()[1] == 1 else _AllGather.apply(rows)
-
-
-def first_row(count: int) -> int:
-    """Where this process's `count` rows begin among the gathered ones: rank * count."""
-    return world()[0] * count
+    rank, size = world()
+    if size == 1:
+        return rows
+    counts = list(row_counts(len(rows)) if counts is None else counts)
+    if len(counts) != size or counts[rank] != len(rows):
+        raise ValueError(f"counts={counts}, but process {rank} of {size} holds {len(rows)} rows: pass row_counts(n)")
+    return _AllGather.apply(rows, counts)

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from contrastive_core.gather import all_gather, first_row
+from contrastive_core.gather import all_gather, first_row, mean_weight, row_counts
 from contrastive_core.losses import info_nce
 from contrastive_core.method import Batch, Method
 from contrastive_core.metrics import contrast_accuracy, feature_std
@@ -82,16 +82,17 @@ class CPC(Method):
         """The loss and its metrics from latents `b rows cols d`: the paper's pseudo-code."""
         b, rows, cols, _ = latents.shape
         local = rearrange(self.target_projection(latents), "b rows cols d -> (b rows cols) d")
-        targets = all_gather(local)
+        counts = row_counts(len(local))
+        targets = all_gather(local, counts)
         losses, metrics = [], {}
         for direction in self.directions:
             context = self.contexts[self.context_of[direction]](turn(latents, direction))
             for offset in self.offsets:
                 predictions = self.heads[direction](context, offset)
-                positive = positive_cells(b, rows, cols, offset, direction) + first_row(len(local))
+                positive = positive_cells(b, rows, cols, offset, direction) + first_row(counts)
                 positive = positive.to(latents.device, non_blocking=True)
                 losses.append(self.loss(predictions, targets, positive, gather=False))
                 metrics[f"accuracy/{direction}_{offset}"] = contrast_accuracy(predictions, targets, positive)
         metrics["accuracy"] = torch.stack(list(metrics.values())).mean()
         metrics["chance_loss"] = torch.tensor(math.log(len(targets)))
-        return torch.stack(losses).mean(), metrics
+        return torch.stack(losses).mean() * mean_weight(counts), metrics

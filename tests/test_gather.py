@@ -50,7 +50,7 @@ def one_process(rank, folder):
     loss, gradients, image_gradient, metrics = loss_and_gradients(grids(4)[2 * rank : 2 * rank + 2])
     result = {
         "world": world(),
-        "first_row": first_row(3),
+        "first_row": first_row([3, 3]),
         "gathered": gathered.detach(),
         "gradient": rows.grad.contiguous(),
         "loss": loss,
@@ -74,7 +74,7 @@ def test_alone_rows_are_returned_as_they_are():
     rows = torch.rand(3, 2)
     assert all_gather(rows) is rows
     assert world() == (0, 1)
-    assert first_row(7) == 0
+    assert first_row([7]) == 0
 
 
 def test_gathered_rows_are_in_rank_order_with_the_sum_of_all_gradients(two_processes):

@@ -1,0 +1,312 @@
+"""The softmax over all pairs, exact, without ever holding the matrix of scores.
+
+A loss that compares n queries with m keys needs the scores S_ij = q_i . k_j only to sum over them. So a sweep goes
+over blocks of rows: it computes a block of scores, reduces it to a loss a row and, where a gradient is wanted, to what
+the block adds to the gradients, and forgets it. Memory is O(n d + m d + block) in place of O(n m).
+
+Everything is said with the *negatives*, the candidates that are not the positive p(i):
+
+    X_i = log sum_j exp(S_ij)        over the negatives j of i
+    L_i = log(1 + exp(X_i - S_ip))   InfoNCE, the cross-entropy of picking the positive
+    L_i = X_i - S_ip                 decoupled (DCL, Yeh et al. 2022, equation 6), with dL_i/dX_i = 1
+
+With w_i = dL_i/dX_i (InfoNCE: 1 - P(positive)) and N_ij = exp(S_ij - X_i), the gradients are
+
+    dL/dq_i = w_i (sum_j N_ij k_j - k_p)        dL/dk_j = sum_i w_i N_ij q_i, less w_i q_i for the positive
+
+Unlike 1 - softmax, w_i keeps its digits when the positive wins by far: a loss of 1e-12 is 1e-12, not rounding.
+
+Two kinds of sweep share the work:
+- `row_sweep`: any queries and keys. A block is some rows and all columns, so a row's sum is known while the block is
+  still there: three products of matrices, forward and backward together.
+- `symmetric_sweep`: the queries are the keys (NT-Xent in one process). S is symmetric, so only blocks on and above
+  the diagonal are computed, twice: two products' worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Mask = Callable[[slice, slice], Tensor]
+"""A block of a mask: (row slice, column slice) -> bool, True = compared."""
+
+Sweep = Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]
+"""sweep(*tensors, weights=None, needs) -> a loss a row, and gradients of sum(weights * losses) for what needs them."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which keys a query is compared with, and which of them is its positive.
+
+    positive: `n` int64, the positive's column; None where the caller brings the positive's score.
+    itself: `n` int64, a column that is left out (NT-Xent: the query itself).
+    mask: for the `width` columns from `first` on; all others are compared.
+    decoupled: leave the positive out of the sum.
+    """
+
+    positive: Tensor | None = None
+    itself: Tensor | None = None
+    mask: Mask | None = None
+    first: int = 0
+    width: int = 0
+    decoupled: bool = False
+
+    def negatives_(self, scores: Tensor, rows: slice) -> Tensor:
+        """Set the scores `r m` of these rows to -inf wherever a key is not a negative, in place."""
+        if self.mask is not None:
+            allowed = self.mask(rows, slice(0, self.width))
+            expected = (len(scores), self.width)
+            if allowed.dtype != torch.bool or tuple(allowed.shape) != expected:
+                raise ValueError(
+                    f"mask gave {allowed.dtype} of shape {tuple(allowed.shape)} for {rows}: return bool of {expected}"
+                )
+            self._check_positive(allowed, rows)
+            scores[:, self.first : self.first + self.width].masked_fill_(~allowed, -torch.inf)
+        for column in (self.positive, self.itself):
+            if column is not None:
+                scores.scatter_(1, column[rows, None], -torch.inf)
+        return scores
+
+    def _check_positive(self, allowed: Tensor, rows: slice) -> None:
+        if self.positive is None:
+            return
+        masked = ~allowed.gather(1, self.positive[rows, None] - self.first).squeeze(1)
+        if masked.any():
+            row = rows.start + int(masked.nonzero()[0])
+            raise ValueError(f"the mask leaves out the positive of query {row}: set it True, or drop that query")
+
+    def moved(self, by: int) -> Pairs:
+        """The same pairs among keys in front of which `by` others were put."""
+        positive = None if self.positive is None else self.positive + by
+        itself = None if self.itself is None else self.itself + by
+        return replace(self, positive=positive, itself=itself, first=self.first + by)
+
+
+def full_precision(rows: Tensor) -> Tensor:
+    """In float32, or float64 as it is."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+BLOCK = {"cpu": 2**22, "cuda": 2**26}
+"""Scores held at once: 16 MiB of float32 on a CPU, where a block should stay in the cache, 256 MiB on a GPU."""
+
+
+def row_blocks(n: int, m: int, device: str) -> Iterator[slice]:
+    """Slices of rows so that a block with all m columns holds about BLOCK scores, of 32 rows at the least."""
+    rows = max(BLOCK.get(device, BLOCK["cuda"]) // max(m, 1), 32)
+    count = -(-n // rows)
+    for i in range(count):  # of even sizes
+        yield slice(i * n // count, (i + 1) * n // count)
+
+
+def row_sweep(
+    queries: Tensor,
+    keys: Tensor,
+    own: Tensor | None,
+    *,
+    pairs: Pairs,
+    weights: Tensor | None = None,
+    needs: tuple[bool, ...] = (False, False, False),
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """A loss for each query, and the gradients of their weighted sum.
+
+    Args:
+        queries: `n d`, over the temperature. keys: `m d`.
+        own: `n`, the positives' scores where `pairs.positive` is None; None = 0, so that decoupled rows are X_i.
+        weights: `n`, of each row's loss; None = no gradients.
+        needs: whether queries, keys, own need a gradient.
+    """
+    losses = queries.new_empty(len(queries))
+    d_queries = torch.empty_like(queries) if needs[0] and weights is not None else None
+    d_keys = torch.zeros_like(keys) if needs[1] and weights is not None else None
+    d_own = torch.empty_like(losses) if needs[2] and own is not None and weights is not None else None
+    for rows in row_blocks(len(queries), len(keys), queries.device.type):
+        scores = queries[rows] @ keys.T
+        if pairs.positive is not None:  # from the same product as the others, so that equal keys score equally
+            positive = scores.gather(1, pairs.positive[rows, None]).squeeze(1)
+        else:
+            positive = scores.new_zeros(()) if own is None else own[rows]
+
+        # N_ij up to a factor, and X_i; a row without negatives has X_i = -inf
+        pairs.negatives_(scores, rows)
+        lowest = torch.finfo(scores.dtype).min
+        highest = scores.amax(1).clamp_min_(lowest) if len(keys) else scores.new_full((len(scores),), lowest)
+        negatives = scores.sub_(highest[:, None]).exp_()
+        total = negatives.sum(1)
+        odds = total.log().add_(highest).sub_(positive)
+        losses[rows] = odds if pairs.decoupled else F.softplus(odds, threshold=88)
+        if weights is None:
+            continue
+
+        w = weights[rows] if pairs.decoupled else weights[rows] * odds.sigmoid()
+        scale = (w / total.clamp_min(torch.finfo(total.dtype).tiny))[:, None]
+        if d_queries is not None:
+            torch.mm(negatives, keys, out=d_queries[rows]).mul_(scale)
+            if pairs.positive is not None:
+                d_queries[rows].addcmul_(keys[pairs.positive[rows]], w[:, None], value=-1)
+        if d_keys is not None:
+            d_keys.addmm_(negatives.T, queries[rows] * scale)
+            if pairs.positive is not None:
+                d_keys.index_add_(0, pairs.positive[rows], queries[rows] * w[:, None], alpha=-1)
+        if d_own is not None:
+            torch.neg(w, out=d_own[rows])
+    return losses, (d_queries, d_keys, d_own)
+
+
+def sigmoid_sweep(
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    *,
+    positive: Tensor,
+    weights: Tensor | None = None,
+    needs: tuple[bool, ...] = (False, False, False),
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The sigmoid loss of each query: sum_j softplus(S_ij + b), less S_ip + b for the positive.
+
+    Arguments as in `row_sweep`; `bias` is a scalar. With G_ij = sigmoid(S_ij + b) - [j = p(i)] the gradients are
+    dL/dq_i = sum_j G_ij k_j, dL/dk_j = sum_i G_ij q_i and dL/db = sum_ij G_ij.
+    """
+    losses = queries.new_empty(len(queries))
+    d_queries = torch.empty_like(queries) if needs[0] and weights is not None else None
+    d_keys = torch.zeros_like(keys) if needs[1] and weights is not None else None
+    d_bias = torch.zeros_like(bias) if needs[2] and weights is not None else None
+    for rows in row_blocks(len(queries), len(keys), queries.device.type):
+        scores = torch.addmm(bias, queries[rows], keys.T)
+        scores.scatter_(1, positive[rows, None], -scores.gather(1, positive[rows, None]))
+        losses[rows] = F.softplus(scores, threshold=88).sum(1)
+        if weights is None:
+            continue
+        slopes = scores.sigmoid_()
+        slopes.scatter_(1, positive[rows, None], -slopes.gather(1, positive[rows, None]))
+        slopes.mul_(weights[rows, None])
+        if d_queries is not None:
+            torch.mm(slopes, keys, out=d_queries[rows])
+        if d_keys is not None:
+            d_keys.addmm_(slopes.T, queries[rows])
+        if d_bias is not None:
+            d_bias += slopes.sum()
+    return losses, (d_queries, d_keys, d_bias)
+
+
+SIDE = 1024
+"""Rows and columns of a block of the symmetric sweep."""
+
+SAFE_RANGE = {torch.float32: 80.0, torch.float64: 700.0}
+"""exp of minus this is a normal number: the largest difference of scores that needs no running maximum."""
+
+
+def symmetric_sweep(
+    views: Tensor,
+    *,
+    bound: float,
+    decoupled: bool = False,
+    weights: Tensor | None = None,
+    needs: tuple[bool, ...] = (False,),
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """NT-Xent of `views` (`(2 n) d`, the second half the other views of the first) against themselves.
+
+    With u_i = w_i / sum_j exp(S_ij):  dL/dz_i = sum_j (u_i + u_j) exp(S_ij) z_j - (w_i + w_p) z_p.
+
+    Args:
+        views: unit vectors over the root of the temperature.
+        bound: at least every |S_ij|, with 2 `bound` within SAFE_RANGE, so that one shift serves all rows.
+        weights, needs: as in `row_sweep`.
+    """
+    n, half = len(views), len(views) // 2
+    total = views.new_zeros(n)
+    kept = list(_blocks(views, bound)) if n <= SIDE else None  # a single block need not be computed twice
+    for rows, cols, block in kept or _blocks(views, bound):
+        total[rows] += block.sum(1)
+        if rows != cols:
+            total[cols] += block.sum(0)
+    other = views.roll(half, 0)
+    odds = total.log() + bound - (views * other).sum(1)
+    losses = odds if decoupled else F.softplus(odds, threshold=88)
+    if weights is None or not needs[0]:
+        return losses, (None,)
+
+    w = weights if decoupled else weights * odds.sigmoid()
+    u = w / total.clamp_min(torch.finfo(total.dtype).tiny)
+    gradient = other * (w + w.roll(half)).neg_()[:, None]
+    for rows, cols, block in kept or _blocks(views, bound):
+        block *= u[rows, None] + u[None, cols]
+        gradient[rows].addmm_(block, views[cols])
+        if rows != cols:
+            gradient[cols].addmm_(block.T, views[rows])
+    return losses, (gradient,)
+
+
+def _blocks(views: Tensor, bound: float) -> Iterator[tuple[slice, slice, Tensor]]:
+    """exp(S - bound) a block at a time, on and above the diagonal; 0 for a view itself and for its other view."""
+    n, half = len(views), len(views) // 2
+    shift = views.new_tensor(-bound)
+    for top in range(0, n, SIDE):
+        rows = slice(top, min(top + SIDE, n))
+        for left in range(top, n, SIDE):
+            cols = slice(left, min(left + SIDE, n))
+            block = torch.addmm(shift, views[rows], views[cols].T).exp_()
+            for offset in (0, half, -half):  # column - row
+                place = offset - (left - top)
+                if -block.shape[0] < place < block.shape[1]:
+                    block.diagonal(place).zero_()
+            yield rows, cols, block
+
+
+class _Swept(torch.autograd.Function):
+    """A sweep as a differentiable function: the sum of all losses, or a loss a row.
+
+    For the sum the gradient is known up to a factor before the backward comes, so it is formed in the forward pass,
+    while the blocks are there. For rows it is recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sweep: Sweep, summed: bool, queries: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.sweep, ctx.summed, ctx.needs = sweep, summed, tuple(ctx.needs_input_grad[2:])
+        tensors = queries, *others
+        with full_precision_island(queries.device.type):
+            if summed and any(ctx.needs):
+                losses, gradients = sweep(*tensors, weights=queries.new_ones(len(queries)), needs=ctx.needs)
+                ctx.save_for_backward(*gradients)
+            else:
+                losses, _ = sweep(*tensors)
+                ctx.save_for_backward(*tensors)
+        return losses.sum() if summed else losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(SECOND_DERIVATIVES)
+        if ctx.summed:
+            return None, None, *(None if g is None else g * gradient for g in ctx.saved_tensors)
+        with full_precision_island(gradient.device.type):
+            _, gradients = ctx.sweep(*ctx.saved_tensors, weights=gradient, needs=ctx.needs)
+        return None, None, *gradients
+
+
+SECOND_DERIVATIVES = (
+    "the losses keep no graph of their gradient: for second derivatives write "
+    "F.cross_entropy(queries @ keys.T / temperature, positive)"
+)
+
+
+def full_precision_island(device: str) -> AbstractContextManager[Any]:
+    """Autocast off: a product of float32 matrices comes out in half precision under it."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def swept(sweep: Sweep, queries: Tensor, *others: Tensor | None, summed: bool) -> Tensor:
+    """The losses of a sweep with gradients: their sum, or `n`.
+
+    A block of rows at a time is Python's work, so `torch.compile` leaves it out of its graph.
+    """
+    if torch.compiler.is_compiling() and len(queries) > SIDE:
+        return torch.compiler.disable(_Swept.apply)(sweep, summed, queries, *others)
+    return _Swept.apply(sweep, summed, queries, *others)
