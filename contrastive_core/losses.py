@@ -293,7 +293,7 @@ def _bound(views: Tensor, temperature: float | Tensor) -> float:
     """The largest score of unit vectors, 1/T; infinite where a learned T would have to be fetched from a device."""
     if not isinstance(temperature, Tensor):
         return 1 / temperature
-    return 1 / float(temperature) if temperature.device.type == "cpu" else math.inf
+    return 1 / float(temperature.detach()) if temperature.device.type == "cpu" else math.inf
 
 
 def sup_con(

@@ -26,13 +26,25 @@ class Method(nn.Module):
 
     A subclass is final. It takes its pieces in its constructor, keeps the encoder that is worth exporting as
     `self.encoder`, and writes `forward`; `after_step` only if something is updated once an optimizer step.
+
+    A method that compares images with one another writes `forward` in two halves, `represent` and `contrast`. What
+    lies between them is all that images need to know of each other, so that a batch larger than the memory can be
+    contrasted as a whole (`contrastive_core.grad_cache`).
     """
 
     encoder: nn.Module
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss to minimise, and detached scalars to log."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its loss is")
+        return self.contrast(self.represent(batch))
+
+    def represent(self, batch: Batch) -> dict[str, Tensor]:
+        """What the loss compares, each tensor `b ...`: everything with parameters lies before, but a temperature."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its loss is, in forward or in two halves")
+
+    def contrast(self, representations: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its metrics from the representations of one batch, or of several joined along b."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its loss is, in forward or in two halves")
 
     def after_step(self, progress: float) -> None:
         """Called once after every optimizer step; progress in 0..1 is the share of the steps done."""

@@ -6,8 +6,9 @@ Logging, probing and saving are ordinary code in the body of the caller's `for`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from contrastive_core.data import LoadedBatch
+from contrastive_core.grad_cache import CachedStep, check_cacheable
 from contrastive_core.method import Batch, Method
 from contrastive_core.momentum import ema_update_, polyak_decay
 from contrastive_core.optim import set_learning_rate_
@@ -46,6 +48,40 @@ def make_batch(loaded: LoadedBatch, views: nn.Module, randomness: Randomness, de
         return Batch(views(images, randomness), loaded.indices.to(device), loaded.labels.to(device))
 
 
+def accumulated_gradients(
+    method: nn.Module, makers: Sequence[Callable[[], Batch]], accelerator: Accelerator, step: int
+) -> dict[str, Tensor]:
+    """Micro-batches add up their gradients; processes exchange them once, with the last. Returns mean metrics."""
+    totals: dict[str, Tensor] = {}
+    for i, make in enumerate(makers):
+        batch = make()
+        with nullcontext() if i + 1 == len(makers) else accelerator.no_sync(method):
+            loss, metrics = method(batch)
+            check_loss(loss, step)
+            accelerator.backward(loss)
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            totals[name] = totals.get(name, torch.zeros_like(value)) + value / len(makers)
+    return totals
+
+
+def cached_gradients(
+    method: nn.Module, makers: Sequence[Callable[[], Batch]], accelerator: Accelerator, step: int
+) -> dict[str, Tensor]:
+    """Micro-batches are contrasted as one batch; processes exchange their gradients once. Returns its metrics."""
+    with accelerator.no_sync(method):
+        passes = CachedStep(accelerator.unwrap_model(method), makers, accelerator)
+        loss, metrics = passes.forward()
+        check_loss(loss, step)
+        passes.backward(loss)
+    return {"loss": loss.detach(), **metrics}
+
+
+def check_loss(loss: Tensor, step: int) -> None:
+    """Raise FloatingPointError, with what to do about it, where the loss is not finite."""
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: {_REMEDY}")
+
+
 def train_steps(
     method: nn.Module,
     optimizer: Optimizer,
@@ -60,6 +96,7 @@ def train_steps(
     clip: float | None = None,
     averaged: nn.Module | None = None,
     averaging_decay: float = 0.9999,
+    grad_cache: bool = False,
 ) -> Iterator[StepResult]:
     """Take optimizer steps `start` .. `steps` - 1 and yield after each.
 
@@ -71,28 +108,27 @@ def train_steps(
         schedule: `schedule(progress)` -> factor on the base learning rate.
         clip: largest norm of the whole gradient; None leaves it alone.
         averaged: a copy of the bare method that follows it as a Polyak average.
+        grad_cache: contrast all micro-batches of a step with one another instead of each with itself: the gradient
+            of the whole batch, for a second forward pass (`contrastive_core.grad_cache`).
 
-    Raises FloatingPointError before a loss or a gradient that is not finite reaches the weights.
+    Raises FloatingPointError before a loss or a gradient that is not finite reaches the weights, ValueError where
+    `grad_cache` is asked of a method that does not come in two halves.
     """
     bare: Method = accelerator.unwrap_model(method)
+    if grad_cache:
+        check_cacheable(bare)
     skipped = 0
     for step, micro_batches in enumerate(batches, start):
         # the learning rate is a function of the step alone: nothing to save, nothing to step twice; read at the middle
         # of the step, so that neither the first of a warm-up nor the last of a decay is a step of rate 0
         lr = set_learning_rate_(optimizer, schedule((step + 0.5) / steps))
 
-        # micro-batches add up their gradients; processes exchange them once, with the last
-        totals: dict[str, Tensor] = {}
-        for i, loaded in enumerate(micro_batches):
-            batch = make_batch(loaded, views, Randomness(seed, step, loaded.places), accelerator.device)
-            last = i + 1 == len(micro_batches)
-            with nullcontext() if last else accelerator.no_sync(method):
-                loss, metrics = method(batch)
-                if not loss.isfinite():
-                    raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: {_REMEDY}")
-                accelerator.backward(loss)
-            for name, value in {"loss": loss.detach(), **metrics}.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value / len(micro_batches)
+        makers = [
+            partial(make_batch, loaded, views, Randomness(seed, step, loaded.places), accelerator.device)
+            for loaded in micro_batches
+        ]
+        gradients = cached_gradients if grad_cache else accumulated_gradients
+        totals = gradients(method, makers, accelerator, step)
 
         # the step itself, then whatever the method and the averaged copy do once a step
         norm = accelerator.clip_grad_norm_(method.parameters(), math.inf if clip is None else clip)

@@ -68,31 +68,36 @@ class CPC(Method):
         self.heads = nn.ModuleDict({d: PredictionHeads(dim, target_dim, offsets) for d in directions})
         self.target_projection = nn.Linear(dim, target_dim, bias=False)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def represent(self, batch: Batch) -> dict[str, Tensor]:
+        """Targets `b rows cols d`, predictions of every direction and offset on the turned grid, the mean latent."""
         (patches,) = batch.views
         rows, cols = patches.shape[1:3]
         check_offsets(self.offsets, rows, cols)
         features = self.encoder(rearrange(patches, "b rows cols c ph pw -> (b rows cols) c ph pw"))
         latents = rearrange(features, "(b rows cols) d -> b rows cols d", rows=rows, cols=cols)
-        loss, metrics = self.contrast(latents)
-        metrics["feature_std"] = feature_std(latents.detach().mean((1, 2)))
-        return loss, metrics
+        representations = {"targets": self.target_projection(latents), "mean": latents.detach().mean((1, 2))}
+        for direction in self.directions:
+            context = self.contexts[self.context_of[direction]](turn(latents, direction))
+            for offset in self.offsets:
+                representations[f"{direction}_{offset}"] = self.heads[direction](context, offset)
+        return representations
 
-    def contrast(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its metrics from latents `b rows cols d`: the paper's pseudo-code."""
-        b, rows, cols, _ = latents.shape
-        local = rearrange(self.target_projection(latents), "b rows cols d -> (b rows cols) d")
+    def contrast(self, representations: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its metrics: the paper's pseudo-code."""
+        b, rows, cols, _ = representations["targets"].shape
+        local = rearrange(representations["targets"], "b rows cols d -> (b rows cols) d")
         counts = row_counts(len(local))
         targets = all_gather(local, counts)
         losses, metrics = [], {}
         for direction in self.directions:
-            context = self.contexts[self.context_of[direction]](turn(latents, direction))
             for offset in self.offsets:
-                predictions = self.heads[direction](context, offset)
+                predictions = rearrange(representations[f"{direction}_{offset}"], "b rows cols d -> (b rows cols) d")
                 positive = positive_cells(b, rows, cols, offset, direction) + first_row(counts)
-                positive = positive.to(latents.device, non_blocking=True)
+                positive = positive.to(local.device, non_blocking=True)
                 losses.append(self.loss(predictions, targets, positive, gather=False))
                 metrics[f"accuracy/{direction}_{offset}"] = contrast_accuracy(predictions, targets, positive)
         metrics["accuracy"] = torch.stack(list(metrics.values())).mean()
         metrics["chance_loss"] = torch.tensor(math.log(len(targets)))
+        metrics["feature_std"] = feature_std(representations["mean"])
+        metrics["negatives"], metrics["ranks"] = torch.tensor(len(targets) - 1.0), torch.tensor(float(len(counts)))
         return torch.stack(losses).mean() * mean_weight(counts), metrics

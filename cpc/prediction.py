@@ -54,8 +54,8 @@ def positive_cells(b: int, rows: int, cols: int, offset: int, direction: str) ->
 class PredictionHeads(nn.Module):
     """A linear map (the paper's 1x1 convolution) from context to target space for each offset.
 
-    `forward(context: b rows cols d, offset)` on a turned grid -> predictions `n d'` of the cells `offset` rows ahead,
-    n = b (rows - offset) cols.
+    `forward(context: b rows cols d, offset)` on a turned grid -> predictions `b (rows - offset) cols d'` of the cells
+    `offset` rows ahead.
     """
 
     def __init__(self, dim: int, target_dim: int, offsets: Sequence[int]) -> None:
@@ -63,5 +63,4 @@ class PredictionHeads(nn.Module):
         self.heads = nn.ModuleDict({str(offset): nn.Linear(dim, target_dim) for offset in offsets})
 
     def forward(self, context: Tensor, offset: int) -> Tensor:
-        behind = context[:, : context.shape[1] - offset]
-        return rearrange(self.heads[str(offset)](behind), "b rows cols d -> (b rows cols) d")
+        return self.heads[str(offset)](context[:, : context.shape[1] - offset])

@@ -46,6 +46,7 @@ class PretrainSchema:
     steps: int
     batch_size: int
     accumulate: int
+    grad_cache: bool
     precision: str
     device: str | None
     workers: int
@@ -273,6 +274,7 @@ def pretrain(cfg: DictConfig) -> Path:
         clip=cfg.clip,
         averaged=averaged,
         averaging_decay=cfg.averaging or 0.0,
+        grad_cache=cfg.grad_cache,
     )
     main_process = accelerator.is_main_process
     sets = probe_sets(dataset, cfg.probe_images) if cfg.probe_every and main_process else None

@@ -95,6 +95,17 @@ def test_probing_and_logging_change_nothing(start):
     assert len(list((other / "checkpoints").iterdir())) == 2  # keep_checkpoints
 
 
+def test_grad_cache_contrasts_all_of_a_steps_images(start):
+    """As one batch: chance is that of the whole, and the losses agree until rounding has grown."""
+    whole = read_metrics(start("steps=3", run_dir="whole"))
+    cached = read_metrics(start("steps=3", "accumulate=2", "grad_cache=true", run_dir="cached"))
+    apart = read_metrics(start("steps=3", "accumulate=2", run_dir="apart"))
+    assert [row["chance_loss"] for row in cached] == [row["chance_loss"] for row in whole]
+    assert apart[0]["negatives"] < cached[0]["negatives"] == whole[0]["negatives"]
+    assert cached[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
+    assert cached[0]["gradient_norm"] == pytest.approx(whole[0]["gradient_norm"], rel=1e-3)
+
+
 OPTIONS = ["steps=6", "averaging=0.9", "accumulate=2", "clip=1.0"]
 
 

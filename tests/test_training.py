@@ -96,6 +96,39 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(accumulate):
     assert parts.progress == whole.progress == [0.25, 0.5, 0.75, 1.0]  # once an optimizer step
 
 
+def tiny_cpc():
+    torch.manual_seed(0)
+    context = partial(ContextNetwork, width=4, layers=1)
+    return CPC(resnet_small(4, blocks=(1,)), offsets=[1], directions=["down"], target_dim=4, context=context).double()
+
+
+def double_patches(images, randomness):
+    views = PatchViews(image_size=12, patch_size=4, stride=4, mean=[0.5] * 3, std=[0.25] * 3)
+    return (views(images, randomness)[0].double(),)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_with_grad_cache_micro_batches_are_contrasted_as_one(accumulate):
+    whole, parts, apart = tiny_cpc(), tiny_cpc(), tiny_cpc()
+    options = {"batch_size": 8, "views": double_patches, "data": dataset(size=12), "steps": 3}
+    one = list(run(whole, **options))
+    several = list(run(parts, accumulate=accumulate, grad_cache=True, **options))
+    plain = list(run(apart, accumulate=accumulate, **options))
+    for a, b in zip(one, several, strict=True):
+        assert set(a.metrics) == set(b.metrics)
+        for name, value in a.metrics.items():
+            torch.testing.assert_close(b.metrics[name], value, rtol=1e-10, atol=1e-12, msg=name)
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    assert one[0].metrics["negatives"] == 8 * 9 - 1
+    assert plain[0].metrics["negatives"] == 8 // accumulate * 9 - 1
+
+
+def test_grad_cache_of_a_method_that_compares_nothing_is_an_error():
+    with pytest.raises(ValueError, match="Line has none: leave grad_cache out"):
+        list(run(Line(), grad_cache=True))
+
+
 def test_the_schedule_reaches_every_groups_own_base_rate():
     method = Line()
     other = nn.Parameter(torch.zeros(1))
