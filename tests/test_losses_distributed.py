@@ -1,0 +1,225 @@
+"""Losses on several processes against one on the joint batch, and what must not hang."""
+
+import math
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.nn import functional as F
+
+from contrastive_core import check, losses
+from contrastive_core.gather import all_gather, first_row, mean_weight, row_counts
+from contrastive_core.losses import info_nce, nt_xent, siglip, sup_con, symmetric_info_nce, uniformity
+
+COUNTS = {"equal": [3, 3], "unequal": [2, 5], "one has none": [0, 4]}
+
+
+def rows(counts, rank=None, seed=0):
+    """`n d` of the joint batch, or of one process."""
+    everyone = torch.randn(sum(counts), 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return everyone if rank is None else everyone.split(counts)[rank]
+
+
+def error_of(function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def losses_by_row(counts, rank=None):
+    a, b = (rows(counts, rank, seed) for seed in (0, 1))
+    gather = rank is not None
+    index = torch.arange(len(a))
+    return {
+        "info_nce": info_nce(a, b, index, reduction="none", gather=gather),
+        "info_nce, ring": info_nce(a, b, index, reduction="none", gather="ring" if gather else False),
+        "nt_xent": nt_xent(a, b, reduction="none", gather=gather),
+        "siglip": siglip(a, b, index, reduction="none", gather=gather),
+        "sup_con": sup_con(a, index % 2, reduction="none", gather=False) if rank is None else torch.zeros(0),
+    }
+
+
+def gradient_of_joint(loss, counts, rank=None):
+    """dL/d(map), averaged over processes as DDP does; of the mean."""
+    weight = torch.eye(4, dtype=torch.float64).requires_grad_()
+    a, b = (rows(counts, rank, seed) @ weight for seed in (0, 1))
+    value = loss(a, b, gather=None if rank is not None else False)
+    (gradient,) = torch.autograd.grad(value, weight)
+    value = value.detach()
+    if rank is not None:
+        for tensor in (value, gradient):
+            dist.all_reduce(tensor)
+            tensor /= 2
+    return value, gradient
+
+
+def by_index(a, b, gather):
+    return info_nce(a, b, torch.arange(len(a)), gather=gather)
+
+
+MEANS = {"info_nce": by_index, "nt_xent": nt_xent, "symmetric_info_nce": symmetric_info_nce}
+
+
+def candidates(rank=None):
+    """Negatives a query has, by the loss itself: with scores of 0 the decoupled loss is their number's logarithm."""
+    z, cells = torch.zeros(3, 4), torch.randn(12, 4)  # CPC: three predictions, twelve cells
+    count = partial(info_nce, torch.zeros(3, 4), decoupled=True, reduction="none")
+    return {
+        "CPC": count(cells, torch.arange(3)),
+        "SimCLR": nt_xent(z, z, decoupled=True, reduction="none"),
+        "MoCo": count(None, z, shared_keys=torch.randn(16, 4)),
+        "PIRL": count(None, z, shared_keys=torch.randn(32, 4)),
+        "local only": count(cells, torch.arange(3), gather=False),
+    }
+
+
+def gather_that_puts_back_its_own_rows(tensor, counts):
+    """As many libraries do: a row gets no gradient from the queries of other processes."""
+    shards = list(all_gather(tensor.detach(), counts).split(counts))
+    shards[dist.get_rank()] = tensor
+    return torch.cat(shards)
+
+
+def one_process(rank, folder):
+    warnings.simplefilter("error", FutureWarning)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    result = {"rows": losses_by_row([3, 3], rank), "candidates": candidates(rank)}
+    for name, counts in COUNTS.items():
+        result[name] = {loss: gradient_of_joint(function, counts, rank) for loss, function in MEANS.items()}
+        mine = rows(counts, rank).clone().requires_grad_()
+        gathered = all_gather(mine)
+        (gathered * (1 + rank)).sum().backward()
+        agreed = row_counts(len(mine))
+        result[f"{name}, gathered"] = gathered.detach(), mine.grad, agreed, first_row(agreed), mean_weight(agreed)
+    z = torch.randn(4, 3 + rank)
+    result["errors"] = {
+        "another d": error_of(info_nce, z, z, torch.arange(4)),
+        "another d, nt_xent": error_of(nt_xent, z, z),
+        "sum": error_of(nt_xent, z[:, :3], z[:, :3], reduction="sum"),
+        "nobody has any": error_of(info_nce, z[:0, :3], z[:, :3], torch.arange(0)),
+        "counts": error_of(all_gather, z, [4, 3] if rank else [3, 4]),
+        "ring": error_of(uniformity, z, gather="ring"),
+    }
+    if rank == 0:  # alone: none of these may wait for the other process
+        result["alone"] = [float(loss(z, z, gather=False)) for loss in (by_index, nt_xent, symmetric_info_nce)]
+        result["expected alone"] = float(F.cross_entropy(z @ z.T, torch.arange(4)))
+    dist.barrier()
+    # the check itself has to be able to fail
+    losses.all_gather = gather_that_puts_back_its_own_rows
+    result["check of a partial gradient"] = check.check([3, 3], torch.float64)
+    losses.all_gather = all_gather
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("losses")
+    multiprocessing.spawn(one_process, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "info_nce, ring", "nt_xent", "siglip"])
+def test_rows_are_those_of_the_joint_batch(two_processes, loss):
+    joint = losses_by_row([3, 3])[loss]
+    ours = [result["rows"][loss] for result in two_processes]
+    if loss == "nt_xent":  # the first views of all processes, then the second ones
+        joint = torch.cat([joint[:3], joint[6:9], joint[3:6], joint[9:]])
+    torch.testing.assert_close(torch.cat(ours), joint, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("counts", list(COUNTS))
+@pytest.mark.parametrize("loss", list(MEANS))
+def test_means_and_gradients_averaged_are_those_of_the_joint_batch(two_processes, counts, loss):
+    value, gradient = gradient_of_joint(MEANS[loss], COUNTS[counts])
+    for result in two_processes:
+        torch.testing.assert_close(result[counts][loss][0], value, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(result[counts][loss][1], gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("counts", list(COUNTS))
+def test_rows_are_gathered_in_rank_order_whatever_their_number(two_processes, counts):
+    expected, numbers = rows(COUNTS[counts]), COUNTS[counts]
+    for rank, result in enumerate(two_processes):
+        gathered, gradient, agreed, first, weight = result[f"{counts}, gathered"]
+        assert torch.equal(gathered, expected)
+        assert torch.equal(gradient, torch.full_like(gradient, 3.0))  # 1 from rank 0 and 2 from rank 1
+        assert gradient.shape == (numbers[rank], 4)
+        assert (agreed, first) == (numbers, sum(numbers[:rank]))
+        assert weight == pytest.approx(2 * numbers[rank] / sum(numbers))
+
+
+NEGATIVES = {"CPC": (11, 23), "SimCLR": (4, 10), "MoCo": (16, 16), "PIRL": (32, 32), "local only": (11, 11)}
+
+
+@pytest.mark.parametrize(("use", "numbers"), NEGATIVES.items())
+def test_how_many_negatives_a_query_has_on_one_and_two_processes(two_processes, use, numbers):
+    torch.testing.assert_close(candidates()[use].exp(), torch.full_like(candidates()[use], numbers[0]))
+    for result in two_processes:
+        torch.testing.assert_close(
+            result["candidates"][use].exp(), torch.full_like(result["candidates"][use], numbers[1])
+        )
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("another d", "ValueError: processes pass vectors of d = [3, 4]: pass the same d on all of them"),
+        ("another d, nt_xent", "ValueError: processes pass vectors of d = [3, 4]: pass the same d on all of them"),
+        ("sum", 'ValueError: reduction="sum" means nothing under DDP\'s average'),
+        ("nobody has any", "ValueError: queries are empty: pass at least one"),
+        ("ring", "ValueError: gather='ring': pass None, True or False"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_on_every_process(two_processes, case, words):
+    for result in two_processes:
+        assert result["errors"][case].startswith(words)
+
+
+def test_wrong_counts_are_named(two_processes):
+    assert "process 1 of 2 holds 4 rows: pass row_counts(n)" in two_processes[1]["errors"]["counts"]
+
+
+def test_without_gathering_one_process_waits_for_nobody(two_processes):
+    assert two_processes[0]["alone"][0] == pytest.approx(two_processes[0]["expected alone"], rel=1e-5)
+    assert all(math.isfinite(value) for value in two_processes[0]["alone"])
+
+
+def test_the_check_finds_a_partial_gradient(two_processes):
+    by_name = {row.loss: row for row in two_processes[0]["check of a partial gradient"]}
+    for name in ("info_nce (CPC)", "nt_xent", "siglip"):
+        assert by_name[name].loss_ratio == pytest.approx(1)  # which is why nobody notices
+        assert by_name[name].error > 0.1
+    assert by_name["nt_xent, ring"].error < 1e-12  # gathers nothing
+    assert "off" in check.table([by_name["nt_xent"]], 1e-12)
+    assert "off" not in check.table([by_name["nt_xent, ring"]], 1e-12)
+
+
+@pytest.mark.parametrize(("processes", "dtype"), [(2, "float64"), (4, "float32")])
+def test_every_loss_passes_the_check(processes, dtype):
+    rows = check.check_here(processes, dtype)
+    assert len(rows) == 2 * sum(len(ways) for _, ways in check.CASES.values())
+    assert {len(row.counts) for row in rows} == {processes}
+    assert len({tuple(row.counts) for row in rows}) == 2  # equal and unequal
+    assert max(row.error for row in rows) < check.TOLERANCE[dtype]
+    assert max(abs(row.loss_ratio - 1) for row in rows) < 1e-5
+
+
+def test_the_command_under_a_launcher(launch_tool):
+    run = launch_tool("-m", "contrastive_core.check", "--dtype", "float64", processes=2)
+    assert run.returncode == 0, run.stderr
+    assert "30 of 30 within 1e-12 on 2 processes, float64" in run.stdout
+    assert run.stdout.count("nt_xent, ring") == 2  # once for each numbers of images, by one process
+
+
+def test_one_process_is_nothing_to_compare(run_tool):
+    run = run_tool("-m", "contrastive_core.check", "--processes", "1")
+    assert run.returncode == 2
+    assert "--processes 1: pass at least 2" in run.stderr
