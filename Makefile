@@ -34,5 +34,5 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is not one. Try: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Setting up .venv: minutes the first time, most of them torch's download." >&2
 	@$(PYTHON) -m venv .venv
-	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[demo,vit,test,dev]"
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[demo,vit,test,dev,bench]"
 	@touch $@

@@ -43,6 +43,21 @@ def exchange(*numbers: int) -> list[tuple[int, ...]]:
     return [tuple(row) for row in torch.stack(everyone).tolist()]
 
 
+def agree(problem: str, *numbers: int) -> list[tuple[int, ...]]:
+    """`exchange`, where no process has a problem with its arguments; else ValueError on all, so that none waits.
+
+    Args:
+        problem: what is wrong with this process's arguments and what to pass instead; "" = nothing.
+    """
+    everyone = exchange(bool(problem), *numbers)
+    if problem:
+        raise ValueError(problem)
+    for rank, (misfit, *_) in enumerate(everyone):
+        if misfit:
+            raise ValueError(f"process {rank} passed what does not fit: see its own error")
+    return [agreed[1:] for agreed in everyone]
+
+
 def row_counts(count: int) -> list[int]:
     """How many rows each process holds, in rank order."""
     return [rows for (rows,) in exchange(count)]

@@ -7,7 +7,7 @@ only. All of them
 - compute in float32 (float64 for float64 inputs), whatever the inputs' precision or autocast;
 - compare with the keys of all processes where torch.distributed is initialised, with every process's share of the
   gradient (`contrastive_core.gather`), unless told `gather=False`; evaluation on one process says so;
-- let NaN and infinity through, never a plausible number in their place.
+- let NaN through, never a plausible number in its place; an infinity shows in the loss or in its gradients.
 
 `gather`: None = whenever torch.distributed is initialised; True; False = this process's keys only; "ring" = keys of
 all processes, of which only two shares are held at a time (`contrastive_core.ring`). Each process gives back the mean
@@ -27,14 +27,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from contrastive_core.gather import all_gather, exchange, first_row
+from contrastive_core.gather import agree, all_gather, first_row, world
+from contrastive_core.kernels import fastest_row_sweep, supported
 from contrastive_core.ring import ring_odds
 from contrastive_core.sweep import (
-    SAFE_RANGE,
+    SAFE_SCORE,
     Mask,
     Pairs,
+    Sweep,
     full_precision,
-    row_sweep,
+    full_precision_of,
+    scaled_rows,
+    scaled_rows_gradient,
+    scaled_sweep,
     sigmoid_sweep,
     swept,
     symmetric_sweep,
@@ -46,44 +51,122 @@ Shares = list[tuple[int, ...]]
 """What every process holds, in rank order: queries, keys and the vectors' dimension."""
 
 
-# ---- arguments: one clear line for what does not fit ----
+# ---- arguments: one clear line for what does not fit, on every process ----
 
 
 def check_pairs(queries: Tensor, keys: Tensor, positive: Tensor) -> None:
     """Raise ValueError unless queries are `n d`, keys `m d` and positive `n` integers."""
-    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
-        raise ValueError(
-            f"queries have shape {tuple(queries.shape)} and keys {tuple(keys.shape)}: pass n d and m d with the same d"
-        )
-    if positive.shape != queries.shape[:1] or positive.is_floating_point():
-        raise ValueError(
+    if problem := _pairs_problem(queries, keys, positive):
+        raise ValueError(problem)
+
+
+def _rows_problem(queries: Tensor, keys: Tensor) -> str:
+    if queries.ndim == keys.ndim == 2 and queries.shape[1] == keys.shape[1]:
+        return ""
+    return f"queries have shape {tuple(queries.shape)} and keys {tuple(keys.shape)}: pass n d and m d with the same d"
+
+
+def _pairs_problem(queries: Tensor, keys: Tensor, positive: Tensor) -> str:
+    if problem := _rows_problem(queries, keys):
+        return problem
+    if positive.shape != queries.shape[:1] or positive.dtype != torch.int64:
+        return (
             f"positive has shape {tuple(positive.shape)} and dtype {positive.dtype}: "
-            f"pass one integer index into keys for each of the {len(queries)} queries"
+            f"pass one integer index into keys for each of the {len(queries)} queries (int64)"
         )
+    # elsewhere looking would cost a wait for the device, or break a graph
+    if positive.device.type == "cpu" and len(positive) and not torch.compiler.is_compiling():
+        lowest, highest = positive.aminmax()
+        if lowest < 0 or highest >= len(keys):
+            wrong = int(lowest if lowest < 0 else highest)
+            return (
+                f"positive holds {wrong}, and there are {len(keys)} keys here: pass indices from 0 to {len(keys) - 1}"
+            )
+    return ""
 
 
-def _check_views(z1: Tensor, z2: Tensor) -> None:
-    if z1.ndim != 2 or z1.shape != z2.shape:
-        raise ValueError(f"the views have shapes {tuple(z1.shape)} and {tuple(z2.shape)}: pass n d twice")
+def _own_key_problem(queries: Tensor, keys: Tensor, own: Tensor) -> str:
+    if own.shape == queries.shape:
+        return _rows_problem(queries, keys)
+    return (
+        f"positive has shape {tuple(own.shape)}, queries {tuple(queries.shape)}: "
+        f"pass an own key for each query (n d), or an integer (n)"
+    )
 
 
-def _check_temperature(temperature: float | Tensor) -> None:
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature={temperature}: pass a number above 0")
+def _views_problem(z1: Tensor, z2: Tensor) -> str:
+    if z1.ndim == 2 and z1.shape == z2.shape:
+        return ""
+    return f"the views have shapes {tuple(z1.shape)} and {tuple(z2.shape)}: pass n d twice"
 
 
-def _check_reduction(reduction: str, shares: Shares) -> None:
+def _shared_keys_problem(shared_keys: Tensor | None, d: int) -> str:
+    if shared_keys is None or (shared_keys.ndim == 2 and shared_keys.shape[1] == d):
+        return ""
+    return f"shared_keys have shape {tuple(shared_keys.shape)}: pass k d with d = {d}"
+
+
+def _mask_problem(mask: Tensor | Mask | None, n: int, m: int) -> str:
+    if not isinstance(mask, Tensor) or (mask.dtype == torch.bool and mask.shape == (n, m)):
+        return ""
+    return f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}: pass bool of ({n}, {m})"
+
+
+def _options_problem(temperature: float | Tensor, reduction: str) -> str:
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            return f"temperature has shape {tuple(temperature.shape)}: pass one number"
+        looked_at = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_at and temperature <= 0:  # NaN shall reach the loss
+            return f"temperature={temperature.item()}: pass a number above 0"
+    elif not 0 < temperature < math.inf:
+        return f"temperature={temperature}: pass a number above 0"
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction={reduction!r}: pass "mean", "sum" or "none"')
+        return f'reduction={reduction!r}: pass "mean", "sum" or "none"'
+    return ""
+
+
+def _raise(problem: str) -> None:
+    if problem:
+        raise ValueError(problem)
+
+
+def _shares(
+    problem: str, gather: Gather, n: int, m: int, d: int, *, reduction: str = "mean", ring: bool = True
+) -> Shares:
+    """n, m and d of all processes that take part: of this one alone where nothing is gathered."""
+    if not (gather is None or isinstance(gather, bool) or (ring and gather == "ring")):
+        raise ValueError(f"gather={gather!r}: pass None, True or False" + ring * ', or "ring"')
+    if gather is False or world()[1] == 1:
+        _raise(problem)
+        shares: Shares = [(n, m, d)]
+    else:
+        shares = agree(problem, n, m, d)
+    # all processes see the same numbers from here on, and raise alike
+    if len({d for _, _, d in shares}) > 1:
+        raise ValueError(f"processes pass vectors of d = {[d for _, _, d in shares]}: pass the same d on all of them")
+    if sum(n for n, _, _ in shares) == 0:
+        raise ValueError("queries are empty: pass at least one")
     if reduction == "sum" and len(shares) > 1:
         raise ValueError('reduction="sum" means nothing under DDP\'s average: pass "mean", or "none" and sum yourself')
+    return shares
 
 
-def _shares(gather: Gather, *numbers: int, ring: bool = True) -> Shares:
-    """The numbers of all processes that take part: those of this one alone where nothing is gathered."""
-    if gather not in (None, False, True) and not (ring and gather == "ring"):
-        raise ValueError(f"gather={gather!r}: pass None, True or False" + ring * ', or "ring"')
-    return [numbers] if gather is False else exchange(*numbers)
+def _check_negatives(decoupled: bool, negatives: int) -> None:
+    if decoupled and negatives < 1:
+        raise ValueError("decoupled=True compares with negatives only and there are none: pass more keys")
+
+
+def _scale(reduction: str, shares: Shares) -> float | None:
+    """What to multiply the sum of this process's losses by; None = don't sum.
+
+    For the mean 1 / queries of the joint batch, times the processes, over which DDP averages.
+    """
+    return {"none": None, "sum": 1.0, "mean": len(shares) / sum(n for n, _, _ in shares)}[reduction]
+
+
+def _reduced(losses: Tensor, scale: float | None) -> Tensor:
+    return losses if scale is None else losses.sum() * scale
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
@@ -94,14 +177,9 @@ def _reduce(losses: Tensor, reduction: str) -> Tensor:
 
 
 class _UnitRows(torch.autograd.Function):
-    """x / |x|, by hand: few operations, and a zero row stays zero, with a zero gradient."""
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        inverse = norm.reciprocal()
-        inverse.masked_fill_(norm == 0, 0).masked_fill_(norm.isinf(), torch.nan)
-        unit = rows * inverse
+        unit, inverse = scaled_rows(rows, 1.0)
         ctx.save_for_backward(unit, inverse)
         return unit
 
@@ -109,8 +187,7 @@ class _UnitRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         unit, inverse = ctx.saved_tensors
-        along = (unit * gradient).sum(1, keepdim=True)
-        return torch.addcmul(gradient, unit, along, value=-1).mul_(inverse)
+        return scaled_rows_gradient(gradient, unit, inverse, 1.0)
 
 
 def normalize(rows: Tensor) -> Tensor:
@@ -166,72 +243,34 @@ def info_nce(
         if own is None or shared_keys is None:
             raise ValueError("keys=None: pass shared_keys, and each query's own key as positive (n d)")
         keys = queries.new_empty(0, *queries.shape[1:])
-    _check_candidates(queries, keys, positive, shared_keys, mask)
-    _check_temperature(temperature)
-    n, m = len(queries), len(keys)
-    shares = _shares(gather, n, m, queries.shape[1])
-    _check_shares(shares, decoupled, own is None, 0 if shared_keys is None else len(shared_keys))
-    _check_reduction(reduction, shares)
+    problem = (
+        (_pairs_problem(queries, keys, positive) if own is None else _own_key_problem(queries, keys, own))
+        or _shared_keys_problem(shared_keys, queries.shape[1])
+        or _mask_problem(mask, len(queries), len(keys))
+        or _options_problem(temperature, reduction)
+    )
+    shares = _shares(problem, gather, len(queries), len(keys), queries.shape[-1], reduction=reduction)
+    counts, scale = [m for _, m, _ in shares], _scale(reduction, shares)
+    _check_negatives(decoupled, sum(counts) + (0 if shared_keys is None else len(shared_keys)) - (own is None))
 
-    queries = full_precision(queries) / temperature
-    keys = full_precision(keys)
-    shared_keys = None if shared_keys is None else full_precision(shared_keys)
-    scores = None if own is None else (queries * full_precision(own)).sum(1)
-    index = positive if own is None else None
-    pairs = Pairs(index, mask=_as_function(mask), width=m, decoupled=decoupled)
-    counts = [m for _, m, _ in shares]
+    precision = full_precision_of(queries, keys, shared_keys, own)
+    queries, keys = queries.to(precision) / temperature, keys.to(precision)
+    shared_keys = None if shared_keys is None else shared_keys.to(precision)
+    scores = None if own is None else (queries * own.to(precision)).sum(1)
+    pairs = Pairs(positive if own is None else None, mask=_as_function(mask), width=len(keys), decoupled=decoupled)
     gathered = len(counts) > 1 and sum(counts) > 0
     if gathered and gather == "ring":
         odds = ring_odds(queries, keys, scores, pairs, shared_keys, counts)
-        return _weighted(odds if decoupled else F.softplus(odds, threshold=88), reduction, shares)
-
+        return _reduced(odds if decoupled else F.softplus(odds, threshold=88), scale)
     if gathered:
         keys, pairs = all_gather(keys, counts), pairs.moved(first_row(counts))
     if shared_keys is not None:
         keys = torch.cat([keys, shared_keys])
-    losses = swept(partial(row_sweep, pairs=pairs), queries, keys, scores, summed=reduction != "none")
-    return _weighted(losses, reduction, shares)
-
-
-def _check_candidates(
-    queries: Tensor, keys: Tensor, positive: Tensor, shared_keys: Tensor | None, mask: Tensor | Mask | None
-) -> None:
-    if positive.ndim == 2 and positive.is_floating_point():
-        if positive.shape != queries.shape:
-            raise ValueError(
-                f"positive has shape {tuple(positive.shape)}, queries {tuple(queries.shape)}: "
-                f"pass an own key for each query (n d), or an integer (n)"
-            )
-        positive = torch.zeros(len(queries), dtype=torch.int64, device="meta")
-    check_pairs(queries, keys, positive)
-    if shared_keys is not None and (shared_keys.ndim != 2 or shared_keys.shape[1] != queries.shape[1]):
-        raise ValueError(f"shared_keys have shape {tuple(shared_keys.shape)}: pass k d with d = {queries.shape[1]}")
-    if isinstance(mask, Tensor) and (mask.dtype != torch.bool or mask.shape != (len(queries), len(keys))):
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}: pass bool of ({len(queries)}, {len(keys)})"
-        )
-
-
-def _check_shares(shares: Shares, decoupled: bool, in_keys: bool, shared: int) -> None:
-    """What only shows with the numbers (n, m, d) of all processes: all raise alike, so that none waits for another."""
-    if len({d for _, _, d in shares}) > 1:
-        raise ValueError(f"processes pass vectors of d = {[d for _, _, d in shares]}: pass the same d on all of them")
-    if sum(n for n, _, _ in shares) == 0:
-        raise ValueError("queries are empty: pass at least one")
-    negatives = sum(m for _, m, _ in shares) + shared - in_keys
-    if decoupled and negatives < 1:
-        raise ValueError("decoupled=True compares with negatives only and there are none: pass more keys")
+    return swept(partial(fastest_row_sweep, pairs=pairs), queries, keys, scores, scale=scale)
 
 
 def _as_function(mask: Tensor | Mask | None) -> Mask | None:
     return (lambda rows, cols: mask[rows, cols]) if isinstance(mask, Tensor) else mask
-
-
-def _weighted(losses: Tensor, reduction: str, shares: Shares) -> Tensor:
-    """Reduce, so that the average over processes is the mean over the joint batch: shares[rank][0] rows a process."""
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.sum() * (len(shares) / sum(share[0] for share in shares))
 
 
 def nt_xent(
@@ -262,35 +301,42 @@ def nt_xent(
 
     Example: identical projections give log(2n - 1): `nt_xent(torch.ones(4, 8), torch.ones(4, 8))` is 1.9459 = log 7.
     """
-    _check_views(z1, z2)
-    _check_temperature(temperature)
-    n = len(z1)
-    shares: Shares = [(2 * rows, 2 * rows, d) for rows, d in _shares(gather, n, z1.shape[1])]
-    _check_shares([(rows, rows - 1, d) for rows, _, d in shares], decoupled, True, 0)
-    _check_reduction(reduction, shares)
+    n, d = len(z1), z1.shape[-1]
+    problem = _views_problem(z1, z2) or _options_problem(temperature, reduction)
+    shares = _shares(problem, gather, 2 * n, 2 * n, d, reduction=reduction)
+    _check_negatives(decoupled, sum(rows for rows, _, _ in shares) - 2)
+    scale = _scale(reduction, shares)
+    both = torch.stack([full_precision(z1), full_precision(z2)], 1).flatten(0, 1)  # an image's views are neighbours
+    small = _largest_score(temperature) <= SAFE_SCORE[both.dtype]
+    if len(shares) == 1 and small and not supported(both, both, Pairs()):
+        sweep: Sweep = partial(symmetric_sweep, decoupled=decoupled)
+        if isinstance(temperature, Tensor):
+            losses = swept(sweep, normalize(both) * temperature**-0.5, scale=scale)
+        else:
+            losses = swept(partial(scaled_sweep, sweep=sweep, length=temperature**-0.5), both, scale=scale)
+    else:
+        losses = _nt_xent_by_rows(normalize(both), temperature, decoupled, shares, scale, gather)
+    return losses if scale is not None else losses.view(n, 2).T.flatten()
 
-    views = normalize(torch.cat([z1, z2]))
-    bound = _bound(views, temperature)
-    if len(shares) == 1 and 2 * bound <= SAFE_RANGE[views.dtype]:
-        sweep = partial(symmetric_sweep, bound=bound, decoupled=decoupled)
-        losses = swept(sweep, views * temperature**-0.5, summed=reduction != "none")
-        return _weighted(losses, reduction, shares)
 
-    itself = torch.arange(2 * n, device=views.device)
-    pairs = Pairs(itself.roll(n), itself, decoupled=decoupled)
+def _nt_xent_by_rows(
+    views: Tensor, temperature: float | Tensor, decoupled: bool, shares: Shares, scale: float | None, gather: Gather
+) -> Tensor:
+    """Queries and keys apart: where other processes' views are keys too, or scores are too large to sum as they are."""
+    itself = torch.arange(len(views), device=views.device)
+    pairs = Pairs(itself.view(-1, 2).flip(1).flatten(), itself, decoupled=decoupled)
     queries = views / temperature
     counts = [rows for rows, _, _ in shares]
     if gather == "ring" and len(shares) > 1:
         odds = ring_odds(queries, views, None, pairs, None, counts)
-        return _weighted(odds if decoupled else F.softplus(odds, threshold=88), reduction, shares)
+        return _reduced(odds if decoupled else F.softplus(odds, threshold=88), scale)
     if len(shares) > 1:
         views, pairs = all_gather(views, counts), pairs.moved(first_row(counts))
-    losses = swept(partial(row_sweep, pairs=pairs), queries, views, None, summed=reduction != "none")
-    return _weighted(losses, reduction, shares)
+    return swept(partial(fastest_row_sweep, pairs=pairs), queries, views, None, scale=scale)
 
 
-def _bound(views: Tensor, temperature: float | Tensor) -> float:
-    """The largest score of unit vectors, 1/T; infinite where a learned T would have to be fetched from a device."""
+def _largest_score(temperature: float | Tensor) -> float:
+    """Of unit vectors, 1/T; infinite where a learned T would have to be fetched from a device."""
     if not isinstance(temperature, Tensor):
         return 1 / temperature
     return 1 / float(temperature.detach()) if temperature.device.type == "cpu" else math.inf
@@ -324,37 +370,45 @@ def sup_con(
     Example: identical views of one class give log(n - 1):
     `sup_con(torch.ones(4, 8), torch.zeros(4, dtype=torch.long))` is 1.0986 = log 3.
     """
-    if views.ndim != 2 or labels.shape != views.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"views have shape {tuple(views.shape)}, labels {tuple(labels.shape)} of {labels.dtype}: "
-            f"pass n d and n integers"
-        )
-    _check_temperature(temperature)
-    shares = _shares(gather, len(views), len(views), views.shape[1], ring=False)
-    _check_shares(shares, False, False, 0)
-    _check_reduction(reduction, shares)
+    problem = _labels_problem(views, labels) or _options_problem(temperature, reduction)
+    shares = _shares(problem, gather, len(views), len(views), views.shape[-1], reduction=reduction, ring=False)
     views, first = normalize(views), 0
     keys, classes = views, labels
     if len(shares) > 1:
         counts = [rows for rows, _, _ in shares]
         keys, classes, first = all_gather(views, counts), all_gather(labels, counts), first_row(counts)
 
-    # the mean over positives of q . k_p is q . (sum of the class's keys - the anchor) / |P|: no matrix is needed
-    _, class_of, sizes = torch.unique(classes, return_inverse=True, return_counts=True)
-    own_class = class_of[first : first + len(views)]
-    positives = sizes[own_class] - 1
-    class_sums = keys.new_zeros(len(sizes), keys.shape[1]).index_add(0, class_of, keys)
     queries = views / temperature
-    scores = (queries * (class_sums[own_class] - views)).sum(1) / positives.clamp_min(1)
-
     itself = torch.arange(first, first + len(views), device=views.device)
-    sweep = partial(row_sweep, pairs=Pairs(itself=itself, decoupled=True))
-    losses = swept(sweep, queries, keys, scores, summed=False)
+    _, class_of, sizes = torch.unique(classes, return_inverse=True, return_counts=True)
+    own_class = class_of[itself]
+    positives = sizes[own_class] - 1
+
+    # one positive: InfoNCE, whose small losses keep their digits
+    index_sums = sizes.new_zeros(len(sizes)).index_add(0, class_of, torch.arange(len(keys), device=views.device))
+    one = (positives == 1).nonzero().squeeze(1)
+    pair = Pairs(index_sums[own_class[one]] - itself[one], itself[one])
+    paired = swept(partial(fastest_row_sweep, pairs=pair), queries[one], keys, None, scale=None)
+
+    # several: their mean score is q . (the class's sum - the anchor) / |P|, which takes no matrix
+    several = (positives != 1).nonzero().squeeze(1)
+    class_sums = keys.new_zeros(len(sizes), keys.shape[1]).index_add(0, class_of, keys)
+    scores = (queries * (class_sums[own_class] - views)).sum(1) / positives.clamp_min(1)
+    others = Pairs(itself=itself[several], decoupled=True)
+    spread = swept(partial(fastest_row_sweep, pairs=others), queries[several], keys, scores[several], scale=None)
+    losses = queries.new_zeros(len(views)).index_add(0, one, paired).index_add(0, several, spread)
     losses = torch.where(positives > 0, losses, 0)
     if reduction != "mean":
-        return _weighted(losses, reduction, shares)
+        return _reduced(losses, _scale(reduction, shares))
     anchors = (sizes[class_of] > 1).sum().clamp_min(1)
     return losses.sum() * len(shares) / anchors
+
+
+def _labels_problem(views: Tensor, labels: Tensor) -> str:
+    if views.ndim == 2 and labels.shape == views.shape[:1] and not labels.is_floating_point():
+        return ""
+    got = f"views have shape {tuple(views.shape)}, labels {tuple(labels.shape)} of {labels.dtype}"
+    return f"{got}: pass n d and n integers"
 
 
 def symmetric_info_nce(
@@ -380,7 +434,8 @@ def symmetric_info_nce(
 
     Example: identical rows give log n: `symmetric_info_nce(torch.ones(4, 8), torch.ones(4, 8))` is 1.3863 = log 4.
     """
-    _check_views(a, b)
+    problem = _views_problem(a, b) or _options_problem(temperature, reduction)
+    _shares(problem, gather, len(a), len(a), a.shape[-1], reduction=reduction)
     a, b = normalize(a), normalize(b)
     pairs = torch.arange(len(a), device=a.device)
     loss = partial(info_nce, positive=pairs, temperature=temperature, reduction=reduction, gather=gather)
@@ -416,18 +471,18 @@ def siglip(
     Example: scores of 0 and no bias give m log 2: `siglip(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([0, 5]),
     bias=0.0)` is 5.5452 = 8 log 2.
     """
-    check_pairs(queries, keys, positive)
-    _check_temperature(temperature)
-    shares = _shares(gather, len(queries), len(keys), queries.shape[1], ring=False)
-    _check_shares(shares, False, True, 0)
-    _check_reduction(reduction, shares)
-    queries, keys = full_precision(queries) / temperature, full_precision(keys)
+    problem = _pairs_problem(queries, keys, positive) or _options_problem(temperature, reduction)
+    if isinstance(bias, Tensor) and bias.numel() != 1:
+        problem = problem or f"bias has shape {tuple(bias.shape)}: pass one number"
+    shares = _shares(problem, gather, len(queries), len(keys), queries.shape[-1], reduction=reduction, ring=False)
+    precision = full_precision_of(queries, keys)
+    queries, keys = queries.to(precision) / temperature, keys.to(precision)
     if len(shares) > 1:
-        counts = [rows for _, rows, _ in shares]
+        counts = [m for _, m, _ in shares]
         keys, positive = all_gather(keys, counts), positive + first_row(counts)
-    bias = torch.as_tensor(bias, dtype=queries.dtype, device=queries.device)
-    losses = swept(partial(sigmoid_sweep, positive=positive), queries, keys, bias, summed=reduction != "none")
-    return _weighted(losses, reduction, shares)
+    bias = torch.as_tensor(bias, dtype=precision, device=queries.device).reshape(())
+    sweep = partial(sigmoid_sweep, positive=positive)
+    return swept(sweep, queries, keys, bias, scale=_scale(reduction, shares))
 
 
 class InfoNCELoss(nn.Module):
@@ -499,14 +554,17 @@ class Temperature(nn.Module):
 
     def __init__(self, value: float, *, learn: bool = False, lowest: float = 0.01) -> None:
         super().__init__()
-        _check_temperature(value)
+        if not value >= (lowest if learn else math.ulp(0.0)):
+            raise ValueError(f"temperature={value}: pass a number above 0, and if it is learned at least {lowest}")
         self.value, self.lowest = value, lowest
         self.log_temperature = nn.Parameter(torch.tensor(math.log(value))) if learn else None
 
     def forward(self) -> float | Tensor:
         if self.log_temperature is None:
             return self.value
-        return self.log_temperature.exp().clamp_min(self.lowest)
+        with torch.no_grad():  # the parameter, as CLIP does: a clamp of its value would have no gradient to rise again
+            self.log_temperature.clamp_(min=math.log(self.lowest))
+        return self.log_temperature.exp()
 
 
 # ---- without a sum over negatives ----
@@ -521,8 +579,7 @@ def negative_cosine(predictions: Tensor, targets: Tensor, *, reduction: Reductio
 
     Raises ValueError where shapes differ. Example: `negative_cosine(torch.ones(3, 4), torch.ones(3, 4))` is -1.
     """
-    _check_views(predictions, targets)
-    _check_reduction(reduction, [()])
+    _raise(_views_problem(predictions, targets) or _options_problem(1, reduction))
     return _reduce(-(normalize(predictions) * normalize(targets)).sum(1), reduction)
 
 
@@ -535,7 +592,7 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     Raises ValueError where shapes differ. Example: opposite unit vectors give 4:
     `alignment(torch.eye(3), -torch.eye(3))`.
     """
-    _check_views(z1, z2)
+    _raise(_views_problem(z1, z2))
     return torch.linalg.vector_norm(normalize(z1) - normalize(z2), dim=1).pow(alpha).mean()
 
 
@@ -551,16 +608,19 @@ def uniformity(features: Tensor, *, t: float = 2.0, gather: Gather = None) -> Te
     Raises ValueError for another shape. Example: two opposite unit vectors give -4 t:
     `uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))` is -8.
     """
-    counts = [rows for (rows,) in _shares(gather, len(features), ring=False)]
-    if features.ndim != 2 or sum(counts) < 2:
-        raise ValueError(f"features have shape {tuple(features.shape)}: pass n d with at least two rows")
+    wanted = "pass n d with at least two rows"
+    problem = "" if features.ndim == 2 else f"features have shape {tuple(features.shape)}: {wanted}"
+    shares = _shares(problem, gather, len(features), len(features), features.shape[-1], ring=False)
+    counts = [rows for rows, _, _ in shares]
+    if sum(counts) < 2:
+        raise ValueError(f"features have shape {tuple(features.shape)}: {wanted}")
     features, first = normalize(features), 0
     keys = features
     if len(counts) > 1:
         keys, first = all_gather(features, counts), first_row(counts)
     itself = torch.arange(first, first + len(features), device=features.device)
-    sweep = partial(row_sweep, pairs=Pairs(itself=itself, decoupled=True))
-    rows = swept(sweep, features * (2 * t), keys, None, summed=False)
+    sweep = partial(fastest_row_sweep, pairs=Pairs(itself=itself, decoupled=True))
+    rows = swept(sweep, features * (2 * t), keys, None, scale=None)
     rows = all_gather(rows, counts) if len(counts) > 1 else rows
     # ||x - y||^2 = |x|^2 + |y|^2 - 2 x . y, the squares being 1
     return rows.logsumexp(0) - 2 * t - math.log(len(rows) * (len(rows) - 1))
@@ -583,7 +643,9 @@ def margin_contrastive(
     Raises ValueError for shapes or dtypes that don't fit. Example: two coinciding vectors of different kinds cost
     m^2 / 2: `margin_contrastive(torch.ones(1, 4), torch.ones(1, 4), torch.tensor([False]))` is 0.5.
     """
-    _check_same(z1, z2, same, reduction)
+    if not margin > 0:
+        raise ValueError(f"margin={margin}: pass a number above 0")
+    _raise(_same_problem(z1, z2, same) or _options_problem(1, reduction))
     difference = full_precision(z1) - full_precision(z2)
     # squared for pairs of a kind: the root's slope at 0 is infinite (for others torch takes 0)
     apart = (margin - torch.linalg.vector_norm(difference, dim=1)).clamp_min(0)
@@ -606,16 +668,17 @@ def exponential_contrastive(
     Raises ValueError for shapes or dtypes that don't fit. Example: two coinciding vectors of different kinds cost 2 Q:
     `exponential_contrastive(torch.ones(1, 4), torch.ones(1, 4), torch.tensor([False]), bound=4)` is 8.
     """
-    _check_same(z1, z2, same, reduction)
+    if not bound > 0:
+        raise ValueError(f"bound={bound}: pass a number above 0")
+    _raise(_same_problem(z1, z2, same) or _options_problem(1, reduction))
     energy = (full_precision(z1) - full_precision(z2)).abs().sum(1)
     return _reduce(torch.where(same, 2 / bound * energy**2, 2 * bound * (-2.77 / bound * energy).exp()), reduction)
 
 
-def _check_same(z1: Tensor, z2: Tensor, same: Tensor, reduction: str) -> None:
-    _check_views(z1, z2)
-    _check_reduction(reduction, [()])
+def _same_problem(z1: Tensor, z2: Tensor, same: Tensor) -> str:
     if same.shape != z1.shape[:1] or same.dtype != torch.bool:
-        raise ValueError(f"same has shape {tuple(same.shape)} and dtype {same.dtype}: pass {len(z1)} bools")
+        return f"same has shape {tuple(same.shape)} and dtype {same.dtype}: pass {len(z1)} bools"
+    return _views_problem(z1, z2)
 
 
 def distillation(
@@ -640,7 +703,6 @@ def distillation(
             f"logits have shapes {tuple(student_logits.shape)} (student) and {tuple(teacher_logits.shape)} (teacher): "
             f"pass n classes twice"
         )
-    _check_temperature(temperature)
-    _check_reduction(reduction, [()])
+    _raise(_options_problem(temperature, reduction))
     taught = (full_precision(teacher_logits.detach()) / temperature).softmax(1)
     return _reduce(-(taught * (full_precision(student_logits) / temperature).log_softmax(1)).sum(1), reduction)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,26 @@ def contrast_accuracy(queries: Tensor, keys: Tensor, positive: Tensor, *, limit:
     own = scores.gather(1, positive[:, None]).squeeze(1)
     best_other = scores.scatter_(1, positive[:, None], -torch.inf).amax(1)
     return (own > best_other).float().mean()
+
+
+@torch.no_grad()
+def count_negatives(loss: Callable[..., Tensor], queries: Tensor, *others: Tensor | None, **options: Any) -> Tensor:
+    """How many negatives each query truly has, over all processes: asked of the loss, with its own way of leaving out.
+
+    With scores of 0 the decoupled loss is the logarithm of their number. It costs as much as the loss.
+
+    Args:
+        loss: `info_nce` or `nt_xent`, or another with their `decoupled` and `reduction`.
+        queries: `n d` (`nt_xent`: the first views); only their shape matters.
+        others, options: what the loss is given beside them; every process must call where keys are gathered.
+
+    Returns `n` (`nt_xent`: `2n`) counts, 0 for a query that has none.
+
+    Example: `count_negatives(nt_xent, torch.rand(4, 8), torch.rand(4, 8))` is [6, 6, 6, 6, 6, 6, 6, 6].
+    """
+    options = {**options, "temperature": 1.0, "decoupled": True, "reduction": "none"}
+    others = tuple(o if o is None or not o.is_floating_point() else torch.zeros_like(o) for o in others)
+    return loss(torch.zeros_like(queries), *others, **options).exp().round()
 
 
 @torch.no_grad()

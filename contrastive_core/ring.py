@@ -20,7 +20,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from contrastive_core.gather import world
-from contrastive_core.sweep import SECOND_DERIVATIVES, Pairs, full_precision_island, row_sweep
+from contrastive_core.kernels import fastest_row_sweep
+from contrastive_core.sweep import SECOND_DERIVATIVES, Pairs, full_precision_island
 
 
 def pass_on(*shares: Tensor, counts: Sequence[int], at: int) -> tuple[Tensor, ...]:
@@ -88,7 +89,7 @@ def _share_sweep(queries: Tensor, keys: Tensor, own: Tensor, pairs: Pairs | None
     """A decoupled sweep over one share: `pairs` where it is this process's own, None where it is a visitor."""
     at_home = pairs is not None and pairs.positive is not None
     pairs = Pairs(decoupled=True) if pairs is None else replace(pairs, decoupled=True)
-    return row_sweep(queries, keys, None if at_home else own, pairs=pairs, **options)
+    return fastest_row_sweep(queries, keys, None if at_home else own, pairs=pairs, **options)
 
 
 def _add_(parts: tuple[Tensor | None, ...], *totals: Tensor | None) -> None:

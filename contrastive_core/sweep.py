@@ -63,10 +63,9 @@ class Pairs:
         if self.mask is not None:
             allowed = self.mask(rows, slice(0, self.width))
             expected = (len(scores), self.width)
-            if allowed.dtype != torch.bool or tuple(allowed.shape) != expected:
-                raise ValueError(
-                    f"mask gave {allowed.dtype} of shape {tuple(allowed.shape)} for {rows}: return bool of {expected}"
-                )
+            if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool or allowed.shape != expected:
+                got = f"{allowed.dtype} of shape {tuple(allowed.shape)}" if isinstance(allowed, Tensor) else allowed
+                raise ValueError(f"mask gave {got} for {rows}: return bool of {expected}")
             self._check_positive(allowed, rows)
             scores[:, self.first : self.first + self.width].masked_fill_(~allowed, -torch.inf)
         for column in (self.positive, self.itself):
@@ -92,6 +91,11 @@ class Pairs:
 def full_precision(rows: Tensor) -> Tensor:
     """In float32, or float64 as it is."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def full_precision_of(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where one of them has it, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 BLOCK = {"cpu": 2**22, "cuda": 2**26}
@@ -140,7 +144,7 @@ def row_sweep(
         highest = scores.amax(1).clamp_min_(lowest) if len(keys) else scores.new_full((len(scores),), lowest)
         negatives = scores.sub_(highest[:, None]).exp_()
         total = negatives.sum(1)
-        odds = total.log().add_(highest).sub_(positive)
+        odds = total.log().add_(highest).sub_(positive).add_(positive * 0)  # an infinite positive gives NaN, not 0
         losses[rows] = odds if pairs.decoupled else F.softplus(odds, threshold=88)
         if weights is None:
             continue
@@ -197,88 +201,111 @@ def sigmoid_sweep(
 
 
 SIDE = 1024
-"""Rows and columns of a block of the symmetric sweep."""
+"""Rows and columns of a block of the symmetric sweep; even, so that no pair of views is cut."""
 
-SAFE_RANGE = {torch.float32: 80.0, torch.float64: 700.0}
-"""exp of minus this is a normal number: the largest difference of scores that needs no running maximum."""
+SAFE_SCORE = {torch.float32: 40.0, torch.float64: 350.0}
+"""Scores between minus this and this can be exponentiated and summed as they are, without a running maximum."""
 
 
 def symmetric_sweep(
     views: Tensor,
     *,
-    bound: float,
     decoupled: bool = False,
     weights: Tensor | None = None,
     needs: tuple[bool, ...] = (False,),
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """NT-Xent of `views` (`(2 n) d`, the second half the other views of the first) against themselves.
+    """NT-Xent of `views` (`2n d`, rows 2i and 2i + 1 being views of one image) against themselves.
 
     With u_i = w_i / sum_j exp(S_ij):  dL/dz_i = sum_j (u_i + u_j) exp(S_ij) z_j - (w_i + w_p) z_p.
 
     Args:
-        views: unit vectors over the root of the temperature.
-        bound: at least every |S_ij|, with 2 `bound` within SAFE_RANGE, so that one shift serves all rows.
+        views: unit vectors over the root of the temperature, whose scores are within SAFE_SCORE.
         weights, needs: as in `row_sweep`.
     """
-    n, half = len(views), len(views) // 2
+    n = len(views)
+    kept = list(_symmetric_blocks(views)) if n <= SIDE else None  # a single block need not be computed twice
     total = views.new_zeros(n)
-    kept = list(_blocks(views, bound)) if n <= SIDE else None  # a single block need not be computed twice
-    for rows, cols, block in kept or _blocks(views, bound):
+    for rows, cols, block in kept or _symmetric_blocks(views):
         total[rows] += block.sum(1)
         if rows != cols:
             total[cols] += block.sum(0)
-    other = views.roll(half, 0)
-    odds = total.log() + bound - (views * other).sum(1)
+    total, pairs = total.view(-1, 2), views.view(n // 2, 2, -1)
+    odds = total.log() - (pairs[:, 0] * pairs[:, 1]).sum(1, keepdim=True)
     losses = odds if decoupled else F.softplus(odds, threshold=88)
     if weights is None or not needs[0]:
-        return losses, (None,)
+        return losses.view(n), (None,)
 
-    w = weights if decoupled else weights * odds.sigmoid()
-    u = w / total.clamp_min(torch.finfo(total.dtype).tiny)
-    gradient = other * (w + w.roll(half)).neg_()[:, None]
-    for rows, cols, block in kept or _blocks(views, bound):
-        block *= u[rows, None] + u[None, cols]
+    w = weights.view(-1, 2)
+    w = w if decoupled else w * odds.sigmoid()
+    u = (w / total.clamp_min_(torch.finfo(total.dtype).tiny)).view(n)
+    gradient = pairs.flip(1).mul_(w.sum(1).neg_()[:, None, None]).view(n, -1)
+    for rows, cols, block in kept or _symmetric_blocks(views):
+        block *= u[rows, None] + u[cols]
         gradient[rows].addmm_(block, views[cols])
         if rows != cols:
             gradient[cols].addmm_(block.T, views[rows])
-    return losses, (gradient,)
+    return losses.view(n), (gradient,)
 
 
-def _blocks(views: Tensor, bound: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    """exp(S - bound) a block at a time, on and above the diagonal; 0 for a view itself and for its other view."""
-    n, half = len(views), len(views) // 2
-    shift = views.new_tensor(-bound)
-    for top in range(0, n, SIDE):
-        rows = slice(top, min(top + SIDE, n))
-        for left in range(top, n, SIDE):
-            cols = slice(left, min(left + SIDE, n))
-            block = torch.addmm(shift, views[rows], views[cols].T).exp_()
-            for offset in (0, half, -half):  # column - row
-                place = offset - (left - top)
-                if -block.shape[0] < place < block.shape[1]:
-                    block.diagonal(place).zero_()
+def _symmetric_blocks(views: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """exp(S) a block at a time, on and above the diagonal; 0 for a view itself and for its other view."""
+    starts = range(0, len(views), SIDE)
+    for top in starts:
+        rows = slice(top, min(top + SIDE, len(views)))
+        for left in starts[top // SIDE :]:
+            cols = slice(left, min(left + SIDE, len(views)))
+            block = torch.mm(views[rows], views[cols].T).exp_()
+            if left == top:
+                images = len(block) // 2
+                block.view(images, 2, images, 2).diagonal(dim1=0, dim2=2).zero_()
             yield rows, cols, block
 
 
+def scaled_rows(rows: Tensor, length: float) -> tuple[Tensor, Tensor]:
+    """Rows `n d` scaled to an L2 norm of `length`, and the factors `n 1`; a zero row stays zero, its factor too."""
+    # summed in float64, since in float32 the squares of 1e-22 vanish and those of 1e20 overflow
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)
+    # where even the norm overflows, inf / inf = NaN; a plain reciprocal would make a plausible zero of the row
+    factor = norm.div(norm).div_(norm).masked_fill_(norm == 0, 0)
+    factor = factor if length == 1 else factor.mul_(length)
+    return rows * factor, factor
+
+
+def scaled_rows_gradient(gradient: Tensor, scaled: Tensor, factor: Tensor, length: float) -> Tensor:
+    """The gradient of the rows from that of `scaled_rows`: its part across the row, times the factor."""
+    along = (scaled * gradient).sum(1, keepdim=True)
+    return torch.addcmul(gradient, scaled, along, value=-(length**-2)).mul_(factor)
+
+
+def scaled_sweep(
+    rows: Tensor, *, sweep: Sweep, length: float, weights: Tensor | None = None, needs: tuple[bool, ...] = (False,)
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """A sweep over rows scaled to `length`; one differentiable function is cheaper than two where rows are few."""
+    scaled, factor = scaled_rows(rows, length)
+    losses, (gradient,) = sweep(scaled, weights=weights, needs=needs)
+    return losses, (None if gradient is None else scaled_rows_gradient(gradient, scaled, factor, length),)
+
+
 class _Swept(torch.autograd.Function):
-    """A sweep as a differentiable function: the sum of all losses, or a loss a row.
+    """A sweep as a differentiable function: the sum of all losses times `scale`, or (None) a loss a row.
 
     For the sum the gradient is known up to a factor before the backward comes, so it is formed in the forward pass,
     while the blocks are there. For rows it is recomputed.
     """
 
     @staticmethod
-    def forward(ctx: Any, sweep: Sweep, summed: bool, queries: Tensor, *others: Tensor | None) -> Tensor:
-        ctx.sweep, ctx.summed, ctx.needs = sweep, summed, tuple(ctx.needs_input_grad[2:])
+    def forward(ctx: Any, sweep: Sweep, scale: float | None, queries: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.sweep, ctx.summed, ctx.needs = sweep, scale is not None, tuple(ctx.needs_input_grad[2:])
         tensors = queries, *others
         with full_precision_island(queries.device.type):
-            if summed and any(ctx.needs):
-                losses, gradients = sweep(*tensors, weights=queries.new_ones(len(queries)), needs=ctx.needs)
+            if scale is not None and any(ctx.needs):
+                weights = queries.new_full((len(queries),), scale)
+                losses, gradients = sweep(*tensors, weights=weights, needs=ctx.needs)
                 ctx.save_for_backward(*gradients)
             else:
                 losses, _ = sweep(*tensors)
                 ctx.save_for_backward(*tensors)
-        return losses.sum() if summed else losses
+        return losses if scale is None else losses.sum() * scale
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -302,11 +329,8 @@ def full_precision_island(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def swept(sweep: Sweep, queries: Tensor, *others: Tensor | None, summed: bool) -> Tensor:
-    """The losses of a sweep with gradients: their sum, or `n`.
-
-    A block of rows at a time is Python's work, so `torch.compile` leaves it out of its graph.
-    """
-    if torch.compiler.is_compiling() and len(queries) > SIDE:
-        return torch.compiler.disable(_Swept.apply)(sweep, summed, queries, *others)
-    return _Swept.apply(sweep, summed, queries, *others)
+def swept(sweep: Sweep, queries: Tensor, *others: Tensor | None, scale: float | None) -> Tensor:
+    """The losses of a sweep with gradients: their sum times `scale`, or where that is None a loss a row, `n`."""
+    if torch.compiler.is_compiling() and len(queries) > SIDE:  # a graph of every block would be long in the making
+        return torch.compiler.disable(_Swept.apply)(sweep, scale, queries, *others)
+    return _Swept.apply(sweep, scale, queries, *others)

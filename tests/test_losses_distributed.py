@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from functools import partial
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from contrastive_core import check, losses
 from contrastive_core.gather import all_gather, first_row, mean_weight, row_counts
 from contrastive_core.losses import info_nce, nt_xent, siglip, sup_con, symmetric_info_nce, uniformity
+from contrastive_core.metrics import count_negatives
 
 COUNTS = {"equal": [3, 3], "unequal": [2, 5], "one has none": [0, 4]}
 
@@ -65,16 +65,16 @@ def by_index(a, b, gather):
 MEANS = {"info_nce": by_index, "nt_xent": nt_xent, "symmetric_info_nce": symmetric_info_nce}
 
 
-def candidates(rank=None):
-    """Negatives a query has, by the loss itself: with scores of 0 the decoupled loss is their number's logarithm."""
-    z, cells = torch.zeros(3, 4), torch.randn(12, 4)  # CPC: three predictions, twelve cells
-    count = partial(info_nce, torch.zeros(3, 4), decoupled=True, reduction="none")
+def candidates():
+    """How many negatives a query has in each method's use of the losses."""
+    z, cells, index = torch.randn(3, 4), torch.randn(12, 4), torch.arange(3)  # CPC: three predictions, twelve cells
     return {
-        "CPC": count(cells, torch.arange(3)),
-        "SimCLR": nt_xent(z, z, decoupled=True, reduction="none"),
-        "MoCo": count(None, z, shared_keys=torch.randn(16, 4)),
-        "PIRL": count(None, z, shared_keys=torch.randn(32, 4)),
-        "local only": count(cells, torch.arange(3), gather=False),
+        "CPC": count_negatives(info_nce, z, cells, index),
+        "CPC, ring": count_negatives(info_nce, z, cells, index, gather="ring"),
+        "SimCLR": count_negatives(nt_xent, z, z),
+        "MoCo": count_negatives(info_nce, z, None, z, shared_keys=torch.randn(16, 4)),
+        "PIRL": count_negatives(info_nce, z, None, z, shared_keys=torch.randn(32, 4)),
+        "local only": count_negatives(info_nce, z, cells, index, gather=False),
     }
 
 
@@ -89,7 +89,7 @@ def one_process(rank, folder):
     warnings.simplefilter("error", FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    result = {"rows": losses_by_row([3, 3], rank), "candidates": candidates(rank)}
+    result = {"rows": losses_by_row([3, 3], rank), "candidates": candidates()}
     for name, counts in COUNTS.items():
         result[name] = {loss: gradient_of_joint(function, counts, rank) for loss, function in MEANS.items()}
         mine = rows(counts, rank).clone().requires_grad_()
@@ -106,6 +106,7 @@ def one_process(rank, folder):
         "counts": error_of(all_gather, z, [4, 3] if rank else [3, 4]),
         "ring": error_of(uniformity, z, gather="ring"),
     }
+    result["errors"]["misfit"] = error_of(info_nce, z[:, :3], z[:, :3], torch.arange(4 - rank))
     if rank == 0:  # alone: none of these may wait for the other process
         result["alone"] = [float(loss(z, z, gather=False)) for loss in (by_index, nt_xent, symmetric_info_nce)]
         result["expected alone"] = float(F.cross_entropy(z @ z.T, torch.arange(4)))
@@ -156,16 +157,21 @@ def test_rows_are_gathered_in_rank_order_whatever_their_number(two_processes, co
         assert weight == pytest.approx(2 * numbers[rank] / sum(numbers))
 
 
-NEGATIVES = {"CPC": (11, 23), "SimCLR": (4, 10), "MoCo": (16, 16), "PIRL": (32, 32), "local only": (11, 11)}
+NEGATIVES = {
+    "CPC": (11, 23),
+    "CPC, ring": (11, 23),
+    "SimCLR": (4, 10),
+    "MoCo": (16, 16),
+    "PIRL": (32, 32),
+    "local only": (11, 11),
+}
 
 
 @pytest.mark.parametrize(("use", "numbers"), NEGATIVES.items())
 def test_how_many_negatives_a_query_has_on_one_and_two_processes(two_processes, use, numbers):
-    torch.testing.assert_close(candidates()[use].exp(), torch.full_like(candidates()[use], numbers[0]))
+    assert set(candidates()[use].tolist()) == {numbers[0]}
     for result in two_processes:
-        torch.testing.assert_close(
-            result["candidates"][use].exp(), torch.full_like(result["candidates"][use], numbers[1])
-        )
+        assert set(result["candidates"][use].tolist()) == {numbers[1]}
 
 
 @pytest.mark.parametrize(
@@ -181,6 +187,12 @@ def test_how_many_negatives_a_query_has_on_one_and_two_processes(two_processes, 
 def test_what_does_not_fit_is_an_error_on_every_process(two_processes, case, words):
     for result in two_processes:
         assert result["errors"][case].startswith(words)
+
+
+def test_what_does_not_fit_on_one_process_keeps_none_waiting(two_processes):
+    first, second = (result["errors"]["misfit"] for result in two_processes)
+    assert first == "ValueError: process 1 passed what does not fit: see its own error"
+    assert second.startswith("ValueError: positive has shape (3,) and dtype torch.int64: pass one integer index")
 
 
 def test_wrong_counts_are_named(two_processes):
