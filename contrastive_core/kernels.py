@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contrastive_core import sweep
-from contrastive_core.sweep import Pairs
+from contrastive_core.sweep import Pairs, Weights, slopes
 
 
 def supported(queries: Tensor, keys: Tensor, pairs: Pairs) -> bool:
@@ -63,7 +63,7 @@ def row_sweep(
     own: Tensor | None,
     *,
     pairs: Pairs,
-    weights: Tensor | None = None,
+    weights: Weights = None,
     needs: tuple[bool, ...] = (False, False, False),
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """A loss for each query, and the gradients of their weighted sum: `contrastive_core.sweep.row_sweep`, on a GPU.
@@ -85,7 +85,7 @@ def row_sweep(
     if weights is None:
         return losses, (None, None, None)
 
-    w = weights if pairs.decoupled else weights * odds.sigmoid()
+    w = slopes(odds, weights, pairs.decoupled)
     if centres is not None:
         d_queries = centres.mul_(w[:, None])
         if pairs.positive is not None:

@@ -34,15 +34,15 @@ from contrastive_core.sweep import (
     SAFE_SCORE,
     Mask,
     Pairs,
-    Sweep,
     full_precision,
     full_precision_of,
     scaled_rows,
     scaled_rows_gradient,
-    scaled_sweep,
+    side_by_side,
     sigmoid_sweep,
     swept,
     symmetric_sweep,
+    two_view_sweep,
 )
 
 Gather = bool | Literal["ring"] | None
@@ -306,17 +306,18 @@ def nt_xent(
     shares = _shares(problem, gather, 2 * n, 2 * n, d, reduction=reduction)
     _check_negatives(decoupled, sum(rows for rows, _, _ in shares) - 2)
     scale = _scale(reduction, shares)
-    both = torch.stack([full_precision(z1), full_precision(z2)], 1).flatten(0, 1)  # an image's views are neighbours
-    small = _largest_score(temperature) <= SAFE_SCORE[both.dtype]
-    if len(shares) == 1 and small and not supported(both, both, Pairs()):
-        sweep: Sweep = partial(symmetric_sweep, decoupled=decoupled)
-        if isinstance(temperature, Tensor):
-            losses = swept(sweep, normalize(both) * temperature**-0.5, scale=scale)
-        else:
-            losses = swept(partial(scaled_sweep, sweep=sweep, length=temperature**-0.5), both, scale=scale)
+    precision = full_precision_of(z1, z2)
+    z1, z2 = z1.to(precision), z2.to(precision)
+    largest = _largest_score(temperature)
+    if len(shares) > 1 or largest > SAFE_SCORE[precision] or supported(z1, z2, Pairs()):
+        losses = _nt_xent_by_rows(normalize(side_by_side(z1, z2)), temperature, decoupled, shares, scale, gather)
+    elif isinstance(temperature, Tensor):
+        views = normalize(side_by_side(z1, z2)) * temperature**-0.5
+        losses = swept(partial(symmetric_sweep, decoupled=decoupled), views, scale=scale)
     else:
-        losses = _nt_xent_by_rows(normalize(both), temperature, decoupled, shares, scale, gather)
-    return losses if scale is not None else losses.view(n, 2).T.flatten()
+        sweep = partial(two_view_sweep, length=temperature**-0.5, decoupled=decoupled)
+        losses = swept(sweep, z1, z2, scale=scale)
+    return losses if scale is not None else losses.view(n, 2).T.flatten()  # the first views' losses first
 
 
 def _nt_xent_by_rows(

@@ -37,6 +37,9 @@ from torch.nn import functional as F
 Mask = Callable[[slice, slice], Tensor]
 """A block of a mask: (row slice, column slice) -> bool, True = compared."""
 
+Weights = Tensor | float | None
+"""Of each row's loss in what is differentiated: `n`, the same number for all, or None = no gradient is wanted."""
+
 Sweep = Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]
 """sweep(*tensors, weights=None, needs) -> a loss a row, and gradients of sum(weights * losses) for what needs them."""
 
@@ -116,7 +119,7 @@ def row_sweep(
     own: Tensor | None,
     *,
     pairs: Pairs,
-    weights: Tensor | None = None,
+    weights: Weights = None,
     needs: tuple[bool, ...] = (False, False, False),
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """A loss for each query, and the gradients of their weighted sum.
@@ -124,7 +127,7 @@ def row_sweep(
     Args:
         queries: `n d`, over the temperature. keys: `m d`.
         own: `n`, the positives' scores where `pairs.positive` is None; None = 0, so that decoupled rows are X_i.
-        weights: `n`, of each row's loss; None = no gradients.
+        weights: of each row's loss.
         needs: whether queries, keys, own need a gradient.
     """
     losses = queries.new_empty(len(queries))
@@ -149,7 +152,7 @@ def row_sweep(
         if weights is None:
             continue
 
-        w = weights[rows] if pairs.decoupled else weights[rows] * odds.sigmoid()
+        w = slopes(odds, weights_of(weights, rows), pairs.decoupled)
         scale = (w / total.clamp_min(torch.finfo(total.dtype).tiny))[:, None]
         if d_queries is not None:
             torch.mm(negatives, keys, out=d_queries[rows]).mul_(scale)
@@ -164,13 +167,23 @@ def row_sweep(
     return losses, (d_queries, d_keys, d_own)
 
 
+def weights_of(weights: Tensor | float, rows: slice) -> Tensor | float:
+    """The weights of some rows."""
+    return weights[rows] if isinstance(weights, Tensor) else weights
+
+
+def slopes(odds: Tensor, weights: Tensor | float, decoupled: bool) -> Tensor:
+    """w_i, the weight of a row's loss times dL_i/dX_i."""
+    return (torch.ones_like(odds) if decoupled else odds.sigmoid()).mul_(weights)
+
+
 def sigmoid_sweep(
     queries: Tensor,
     keys: Tensor,
     bias: Tensor,
     *,
     positive: Tensor,
-    weights: Tensor | None = None,
+    weights: Weights = None,
     needs: tuple[bool, ...] = (False, False, False),
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The sigmoid loss of each query: sum_j softplus(S_ij + b), less S_ip + b for the positive.
@@ -188,15 +201,16 @@ def sigmoid_sweep(
         losses[rows] = F.softplus(scores, threshold=88).sum(1)
         if weights is None:
             continue
-        slopes = scores.sigmoid_()
-        slopes.scatter_(1, positive[rows, None], -slopes.gather(1, positive[rows, None]))
-        slopes.mul_(weights[rows, None])
+        slope = scores.sigmoid_()
+        slope.scatter_(1, positive[rows, None], -slope.gather(1, positive[rows, None]))
+        weight = weights_of(weights, rows)
+        slope.mul_(weight[:, None] if isinstance(weight, Tensor) else weight)
         if d_queries is not None:
-            torch.mm(slopes, keys, out=d_queries[rows])
+            torch.mm(slope, keys, out=d_queries[rows])
         if d_keys is not None:
-            d_keys.addmm_(slopes.T, queries[rows])
+            d_keys.addmm_(slope.T, queries[rows])
         if d_bias is not None:
-            d_bias += slopes.sum()
+            d_bias += slope.sum()
     return losses, (d_queries, d_keys, d_bias)
 
 
@@ -211,7 +225,7 @@ def symmetric_sweep(
     views: Tensor,
     *,
     decoupled: bool = False,
-    weights: Tensor | None = None,
+    weights: Weights = None,
     needs: tuple[bool, ...] = (False,),
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """NT-Xent of `views` (`2n d`, rows 2i and 2i + 1 being views of one image) against themselves.
@@ -222,52 +236,85 @@ def symmetric_sweep(
         views: unit vectors over the root of the temperature, whose scores are within SAFE_SCORE.
         weights, needs: as in `row_sweep`.
     """
-    n = len(views)
-    kept = list(_symmetric_blocks(views)) if n <= SIDE else None  # a single block need not be computed twice
-    total = views.new_zeros(n)
-    for rows, cols, block in kept or _symmetric_blocks(views):
-        total[rows] += block.sum(1)
-        if rows != cols:
-            total[cols] += block.sum(0)
-    total, pairs = total.view(-1, 2), views.view(n // 2, 2, -1)
-    odds = total.log() - (pairs[:, 0] * pairs[:, 1]).sum(1, keepdim=True)
+    n, images = len(views), len(views) // 2
+    whole = _on_diagonal(views) if n <= SIDE else None  # a single block need not be made twice
+    total = (_row_sums(views) if whole is None else whole.sum(1)).view(images, 2)
+    two = views.view(images, 2, -1)
+    odds = total.log().sub_((two[:, 0] * two[:, 1]).sum(1, keepdim=True))
     losses = odds if decoupled else F.softplus(odds, threshold=88)
     if weights is None or not needs[0]:
         return losses.view(n), (None,)
 
-    w = weights.view(-1, 2)
-    w = w if decoupled else w * odds.sigmoid()
+    w = slopes(odds, weights.view(images, 2) if isinstance(weights, Tensor) else weights, decoupled)
     u = (w / total.clamp_min_(torch.finfo(total.dtype).tiny)).view(n)
-    gradient = pairs.flip(1).mul_(w.sum(1).neg_()[:, None, None]).view(n, -1)
-    for rows, cols, block in kept or _symmetric_blocks(views):
-        block *= u[rows, None] + u[cols]
-        gradient[rows].addmm_(block, views[cols])
-        if rows != cols:
-            gradient[cols].addmm_(block.T, views[rows])
-    return losses.view(n), (gradient,)
+    pairs = w.sum(1).neg_()
+    if whole is not None:
+        return losses.view(n), (torch.mm(_slopes_on_diagonal_(whole, u, pairs), views),)
+    return losses.view(n), (_symmetric_gradient(views, u, pairs),)
 
 
-def _symmetric_blocks(views: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """exp(S) a block at a time, on and above the diagonal; 0 for a view itself and for its other view."""
-    starts = range(0, len(views), SIDE)
-    for top in starts:
-        rows = slice(top, min(top + SIDE, len(views)))
-        for left in starts[top // SIDE :]:
-            cols = slice(left, min(left + SIDE, len(views)))
+def _on_diagonal(views: Tensor) -> Tensor:
+    """exp(S) of views with themselves; 0 for a view itself and for its other view."""
+    block = torch.mm(views, views.T).exp_()
+    _own_pairs(block).zero_()
+    return block
+
+
+def _slopes_on_diagonal_(block: Tensor, u: Tensor, pairs: Tensor) -> Tensor:
+    """dL/dS_ij + dL/dS_ji of a block on the diagonal, in place of its exp(S); `pairs` is that of two views' score."""
+    block.mul_(u[:, None] + u)
+    own = _own_pairs(block)
+    own[0, 1] = own[1, 0] = pairs
+    return block
+
+
+def _own_pairs(block: Tensor) -> Tensor:
+    """Of a block on the diagonal, the entries of a view with the views of its image: `2 2 images`, a view of it."""
+    images = len(block) // 2
+    return block.view(images, 2, images, 2).diagonal(dim1=0, dim2=2)
+
+
+def _beside(views: Tensor, rows: slice) -> Iterator[slice]:
+    """The columns of the blocks to the right of the one on the diagonal."""
+    for left in range(rows.stop, len(views), SIDE):
+        yield slice(left, min(left + SIDE, len(views)))
+
+
+def _block_rows(views: Tensor) -> Iterator[slice]:
+    for top in range(0, len(views), SIDE):
+        yield slice(top, min(top + SIDE, len(views)))
+
+
+def _row_sums(views: Tensor) -> Tensor:
+    """sum_j exp(S_ij) over the negatives, a block at a time, on and above the diagonal."""
+    total = views.new_zeros(len(views))
+    for rows in _block_rows(views):
+        total[rows] += _on_diagonal(views[rows]).sum(1)
+        for cols in _beside(views, rows):
             block = torch.mm(views[rows], views[cols].T).exp_()
-            if left == top:
-                images = len(block) // 2
-                block.view(images, 2, images, 2).diagonal(dim1=0, dim2=2).zero_()
-            yield rows, cols, block
+            total[rows] += block.sum(1)
+            total[cols] += block.sum(0)
+    return total
+
+
+def _symmetric_gradient(views: Tensor, u: Tensor, pairs: Tensor) -> Tensor:
+    """The gradient of the views, from the same blocks made again."""
+    gradient = torch.zeros_like(views)
+    for rows in _block_rows(views):
+        images = slice(rows.start // 2, rows.stop // 2)
+        gradient[rows].addmm_(_slopes_on_diagonal_(_on_diagonal(views[rows]), u[rows], pairs[images]), views[rows])
+        for cols in _beside(views, rows):
+            block = torch.mm(views[rows], views[cols].T).exp_().mul_(u[rows, None] + u[cols])
+            gradient[rows].addmm_(block, views[cols])
+            gradient[cols].addmm_(block.T, views[rows])
+    return gradient
 
 
 def scaled_rows(rows: Tensor, length: float) -> tuple[Tensor, Tensor]:
     """Rows `n d` scaled to an L2 norm of `length`, and the factors `n 1`; a zero row stays zero, its factor too."""
-    # summed in float64, since in float32 the squares of 1e-22 vanish and those of 1e20 overflow
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)
-    # where even the norm overflows, inf / inf = NaN; a plain reciprocal would make a plausible zero of the row
-    factor = norm.div(norm).div_(norm).masked_fill_(norm == 0, 0)
-    factor = factor if length == 1 else factor.mul_(length)
+    # in float64: in float32 the squares of 1e-22 vanish, and those of 1e20 overflow
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    factor = norm.reciprocal_().mul_(length).nan_to_num_(nan=torch.nan, posinf=0.0).to(rows.dtype)
     return rows * factor, factor
 
 
@@ -277,13 +324,30 @@ def scaled_rows_gradient(gradient: Tensor, scaled: Tensor, factor: Tensor, lengt
     return torch.addcmul(gradient, scaled, along, value=-(length**-2)).mul_(factor)
 
 
-def scaled_sweep(
-    rows: Tensor, *, sweep: Sweep, length: float, weights: Tensor | None = None, needs: tuple[bool, ...] = (False,)
+def side_by_side(z1: Tensor, z2: Tensor) -> Tensor:
+    """Two views `n d` of each image -> `2n d`, an image's two views being neighbours."""
+    return torch.stack([z1, z2], 1).flatten(0, 1)
+
+
+def two_view_sweep(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    length: float,
+    decoupled: bool = False,
+    weights: Weights = None,
+    needs: tuple[bool, ...] = (False, False),
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """A sweep over rows scaled to `length`; one differentiable function is cheaper than two where rows are few."""
-    scaled, factor = scaled_rows(rows, length)
-    losses, (gradient,) = sweep(scaled, weights=weights, needs=needs)
-    return losses, (None if gradient is None else scaled_rows_gradient(gradient, scaled, factor, length),)
+    """`symmetric_sweep` of views `n d` each, put side by side and scaled to `length`.
+
+    The whole of NT-Xent as one differentiable function: where rows are few, each costs more than its arithmetic.
+    """
+    views, factor = scaled_rows(side_by_side(z1, z2), length)
+    losses, (gradient,) = symmetric_sweep(views, decoupled=decoupled, weights=weights, needs=(any(needs),))
+    if gradient is None:
+        return losses, (None, None)
+    gradient = scaled_rows_gradient(gradient, views, factor, length)
+    return losses, gradient.view(len(z1), 2, -1).unbind(1)
 
 
 class _Swept(torch.autograd.Function):
@@ -299,8 +363,7 @@ class _Swept(torch.autograd.Function):
         tensors = queries, *others
         with full_precision_island(queries.device.type):
             if scale is not None and any(ctx.needs):
-                weights = queries.new_full((len(queries),), scale)
-                losses, gradients = sweep(*tensors, weights=weights, needs=ctx.needs)
+                losses, gradients = sweep(*tensors, weights=scale, needs=ctx.needs)
                 ctx.save_for_backward(*gradients)
             else:
                 losses, _ = sweep(*tensors)
