@@ -339,3 +339,17 @@ def test_a_bad_image_is_named_and_counted_and_too_many_stop_the_run(start, tmp_p
     ]
     with pytest.raises(TooManyBadImages, match=r"1 of \d+ images seen cannot be decoded"):
         start("steps=6", "bad_images=0", *data, run_dir="strict")
+
+
+def test_grad_cache_on_two_processes_is_the_whole_batch_on_one(run_tool, launch_tool, tmp_path):
+    options = tiny("steps=3", "device=cpu", "batch_size=16")
+    cached = "accumulate=2", "grad_cache=true", "run_dir=two"
+    two = launch_tool("tools/pretrain_cpc.py", *options, *cached, processes=2)
+    assert two.returncode == 0, two.stderr
+    one = run_tool("tools/pretrain_cpc.py", *options, "run_dir=one")
+    assert one.returncode == 0, one.stderr
+    for a, b in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
+        assert (a["ranks"], b["ranks"]) == (2, 1)
+        assert a["negatives"] == b["negatives"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-2)
