@@ -25,7 +25,8 @@ from torch import distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from contrastive_core import losses
-from contrastive_core.losses import Gather, normalize
+from contrastive_core.loss_arguments import Gather
+from contrastive_core.losses import normalize
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 

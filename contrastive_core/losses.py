@@ -20,15 +20,31 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from contrastive_core.gather import agree, all_gather, first_row, world
+from contrastive_core.gather import all_gather, first_row
 from contrastive_core.kernels import fastest_row_sweep, supported
+from contrastive_core.loss_arguments import (
+    Gather,
+    Reduction,
+    Shares,
+    agreed_shares,
+    check_negatives,
+    labels_problem,
+    mask_problem,
+    options_problem,
+    own_key_problem,
+    pairs_problem,
+    raise_if,
+    same_problem,
+    shared_keys_problem,
+    views_problem,
+)
 from contrastive_core.ring import ring_odds
 from contrastive_core.sweep import (
     SAFE_SCORE,
@@ -44,117 +60,6 @@ from contrastive_core.sweep import (
     symmetric_sweep,
     two_view_sweep,
 )
-
-Gather = bool | Literal["ring"] | None
-Reduction = Literal["mean", "sum", "none"]
-Shares = list[tuple[int, ...]]
-"""What every process holds, in rank order: queries, keys and the vectors' dimension."""
-
-
-# ---- arguments: one clear line for what does not fit, on every process ----
-
-
-def check_pairs(queries: Tensor, keys: Tensor, positive: Tensor) -> None:
-    """Raise ValueError unless queries are `n d`, keys `m d` and positive `n` integers."""
-    if problem := _pairs_problem(queries, keys, positive):
-        raise ValueError(problem)
-
-
-def _rows_problem(queries: Tensor, keys: Tensor) -> str:
-    if queries.ndim == keys.ndim == 2 and queries.shape[1] == keys.shape[1]:
-        return ""
-    return f"queries have shape {tuple(queries.shape)} and keys {tuple(keys.shape)}: pass n d and m d with the same d"
-
-
-def _pairs_problem(queries: Tensor, keys: Tensor, positive: Tensor) -> str:
-    if problem := _rows_problem(queries, keys):
-        return problem
-    if positive.shape != queries.shape[:1] or positive.dtype != torch.int64:
-        return (
-            f"positive has shape {tuple(positive.shape)} and dtype {positive.dtype}: "
-            f"pass one integer index into keys for each of the {len(queries)} queries (int64)"
-        )
-    # elsewhere looking would cost a wait for the device, or break a graph
-    if positive.device.type == "cpu" and len(positive) and not torch.compiler.is_compiling():
-        lowest, highest = positive.aminmax()
-        if lowest < 0 or highest >= len(keys):
-            wrong = int(lowest if lowest < 0 else highest)
-            return (
-                f"positive holds {wrong}, and there are {len(keys)} keys here: pass indices from 0 to {len(keys) - 1}"
-            )
-    return ""
-
-
-def _own_key_problem(queries: Tensor, keys: Tensor, own: Tensor) -> str:
-    if own.shape == queries.shape:
-        return _rows_problem(queries, keys)
-    return (
-        f"positive has shape {tuple(own.shape)}, queries {tuple(queries.shape)}: "
-        f"pass an own key for each query (n d), or an integer (n)"
-    )
-
-
-def _views_problem(z1: Tensor, z2: Tensor) -> str:
-    if z1.ndim == 2 and z1.shape == z2.shape:
-        return ""
-    return f"the views have shapes {tuple(z1.shape)} and {tuple(z2.shape)}: pass n d twice"
-
-
-def _shared_keys_problem(shared_keys: Tensor | None, d: int) -> str:
-    if shared_keys is None or (shared_keys.ndim == 2 and shared_keys.shape[1] == d):
-        return ""
-    return f"shared_keys have shape {tuple(shared_keys.shape)}: pass k d with d = {d}"
-
-
-def _mask_problem(mask: Tensor | Mask | None, n: int, m: int) -> str:
-    if not isinstance(mask, Tensor) or (mask.dtype == torch.bool and mask.shape == (n, m)):
-        return ""
-    return f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}: pass bool of ({n}, {m})"
-
-
-def _options_problem(temperature: float | Tensor, reduction: str) -> str:
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1:
-            return f"temperature has shape {tuple(temperature.shape)}: pass one number"
-        looked_at = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looked_at and temperature <= 0:  # NaN shall reach the loss
-            return f"temperature={temperature.item()}: pass a number above 0"
-    elif not 0 < temperature < math.inf:
-        return f"temperature={temperature}: pass a number above 0"
-    if reduction not in ("mean", "sum", "none"):
-        return f'reduction={reduction!r}: pass "mean", "sum" or "none"'
-    return ""
-
-
-def _raise(problem: str) -> None:
-    if problem:
-        raise ValueError(problem)
-
-
-def _shares(
-    problem: str, gather: Gather, n: int, m: int, d: int, *, reduction: str = "mean", ring: bool = True
-) -> Shares:
-    """n, m and d of all processes that take part: of this one alone where nothing is gathered."""
-    if not (gather is None or isinstance(gather, bool) or (ring and gather == "ring")):
-        raise ValueError(f"gather={gather!r}: pass None, True or False" + ring * ', or "ring"')
-    if gather is False or world()[1] == 1:
-        _raise(problem)
-        shares: Shares = [(n, m, d)]
-    else:
-        shares = agree(problem, n, m, d)
-    # all processes see the same numbers from here on, and raise alike
-    if len({d for _, _, d in shares}) > 1:
-        raise ValueError(f"processes pass vectors of d = {[d for _, _, d in shares]}: pass the same d on all of them")
-    if sum(n for n, _, _ in shares) == 0:
-        raise ValueError("queries are empty: pass at least one")
-    if reduction == "sum" and len(shares) > 1:
-        raise ValueError('reduction="sum" means nothing under DDP\'s average: pass "mean", or "none" and sum yourself')
-    return shares
-
-
-def _check_negatives(decoupled: bool, negatives: int) -> None:
-    if decoupled and negatives < 1:
-        raise ValueError("decoupled=True compares with negatives only and there are none: pass more keys")
 
 
 def _scale(reduction: str, shares: Shares) -> float | None:
@@ -244,14 +149,14 @@ def info_nce(
             raise ValueError("keys=None: pass shared_keys, and each query's own key as positive (n d)")
         keys = queries.new_empty(0, *queries.shape[1:])
     problem = (
-        (_pairs_problem(queries, keys, positive) if own is None else _own_key_problem(queries, keys, own))
-        or _shared_keys_problem(shared_keys, queries.shape[1])
-        or _mask_problem(mask, len(queries), len(keys))
-        or _options_problem(temperature, reduction)
+        (pairs_problem(queries, keys, positive) if own is None else own_key_problem(queries, keys, own))
+        or shared_keys_problem(shared_keys, queries.shape[1])
+        or mask_problem(mask, len(queries), len(keys))
+        or options_problem(temperature, reduction)
     )
-    shares = _shares(problem, gather, len(queries), len(keys), queries.shape[-1], reduction=reduction)
+    shares = agreed_shares(problem, gather, len(queries), len(keys), queries.shape[-1], reduction=reduction)
     counts, scale = [m for _, m, _ in shares], _scale(reduction, shares)
-    _check_negatives(decoupled, sum(counts) + (0 if shared_keys is None else len(shared_keys)) - (own is None))
+    check_negatives(decoupled, sum(counts) + (0 if shared_keys is None else len(shared_keys)) - (own is None))
 
     precision = full_precision_of(queries, keys, shared_keys, own)
     queries, keys = queries.to(precision) / temperature, keys.to(precision)
@@ -302,9 +207,9 @@ def nt_xent(
     Example: identical projections give log(2n - 1): `nt_xent(torch.ones(4, 8), torch.ones(4, 8))` is 1.9459 = log 7.
     """
     n, d = len(z1), z1.shape[-1]
-    problem = _views_problem(z1, z2) or _options_problem(temperature, reduction)
-    shares = _shares(problem, gather, 2 * n, 2 * n, d, reduction=reduction)
-    _check_negatives(decoupled, sum(rows for rows, _, _ in shares) - 2)
+    problem = views_problem(z1, z2) or options_problem(temperature, reduction)
+    shares = agreed_shares(problem, gather, 2 * n, 2 * n, d, reduction=reduction)
+    check_negatives(decoupled, sum(rows for rows, _, _ in shares) - 2)
     scale = _scale(reduction, shares)
     precision = full_precision_of(z1, z2)
     z1, z2 = z1.to(precision), z2.to(precision)
@@ -371,8 +276,8 @@ def sup_con(
     Example: identical views of one class give log(n - 1):
     `sup_con(torch.ones(4, 8), torch.zeros(4, dtype=torch.long))` is 1.0986 = log 3.
     """
-    problem = _labels_problem(views, labels) or _options_problem(temperature, reduction)
-    shares = _shares(problem, gather, len(views), len(views), views.shape[-1], reduction=reduction, ring=False)
+    problem = labels_problem(views, labels) or options_problem(temperature, reduction)
+    shares = agreed_shares(problem, gather, len(views), len(views), views.shape[-1], reduction=reduction, ring=False)
     views, first = normalize(views), 0
     keys, classes = views, labels
     if len(shares) > 1:
@@ -405,13 +310,6 @@ def sup_con(
     return losses.sum() * len(shares) / anchors
 
 
-def _labels_problem(views: Tensor, labels: Tensor) -> str:
-    if views.ndim == 2 and labels.shape == views.shape[:1] and not labels.is_floating_point():
-        return ""
-    got = f"views have shape {tuple(views.shape)}, labels {tuple(labels.shape)} of {labels.dtype}"
-    return f"{got}: pass n d and n integers"
-
-
 def symmetric_info_nce(
     a: Tensor,
     b: Tensor,
@@ -435,8 +333,8 @@ def symmetric_info_nce(
 
     Example: identical rows give log n: `symmetric_info_nce(torch.ones(4, 8), torch.ones(4, 8))` is 1.3863 = log 4.
     """
-    problem = _views_problem(a, b) or _options_problem(temperature, reduction)
-    _shares(problem, gather, len(a), len(a), a.shape[-1], reduction=reduction)
+    problem = views_problem(a, b) or options_problem(temperature, reduction)
+    agreed_shares(problem, gather, len(a), len(a), a.shape[-1], reduction=reduction)
     a, b = normalize(a), normalize(b)
     pairs = torch.arange(len(a), device=a.device)
     loss = partial(info_nce, positive=pairs, temperature=temperature, reduction=reduction, gather=gather)
@@ -472,10 +370,10 @@ def siglip(
     Example: scores of 0 and no bias give m log 2: `siglip(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([0, 5]),
     bias=0.0)` is 5.5452 = 8 log 2.
     """
-    problem = _pairs_problem(queries, keys, positive) or _options_problem(temperature, reduction)
+    problem = pairs_problem(queries, keys, positive) or options_problem(temperature, reduction)
     if isinstance(bias, Tensor) and bias.numel() != 1:
         problem = problem or f"bias has shape {tuple(bias.shape)}: pass one number"
-    shares = _shares(problem, gather, len(queries), len(keys), queries.shape[-1], reduction=reduction, ring=False)
+    shares = agreed_shares(problem, gather, len(queries), len(keys), queries.shape[-1], reduction=reduction, ring=False)
     precision = full_precision_of(queries, keys)
     queries, keys = queries.to(precision) / temperature, keys.to(precision)
     if len(shares) > 1:
@@ -580,7 +478,7 @@ def negative_cosine(predictions: Tensor, targets: Tensor, *, reduction: Reductio
 
     Raises ValueError where shapes differ. Example: `negative_cosine(torch.ones(3, 4), torch.ones(3, 4))` is -1.
     """
-    _raise(_views_problem(predictions, targets) or _options_problem(1, reduction))
+    raise_if(views_problem(predictions, targets) or options_problem(1, reduction))
     return _reduce(-(normalize(predictions) * normalize(targets)).sum(1), reduction)
 
 
@@ -593,7 +491,7 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     Raises ValueError where shapes differ. Example: opposite unit vectors give 4:
     `alignment(torch.eye(3), -torch.eye(3))`.
     """
-    _raise(_views_problem(z1, z2))
+    raise_if(views_problem(z1, z2))
     return torch.linalg.vector_norm(normalize(z1) - normalize(z2), dim=1).pow(alpha).mean()
 
 
@@ -611,7 +509,7 @@ def uniformity(features: Tensor, *, t: float = 2.0, gather: Gather = None) -> Te
     """
     wanted = "pass n d with at least two rows"
     problem = "" if features.ndim == 2 else f"features have shape {tuple(features.shape)}: {wanted}"
-    shares = _shares(problem, gather, len(features), len(features), features.shape[-1], ring=False)
+    shares = agreed_shares(problem, gather, len(features), len(features), features.shape[-1], ring=False)
     counts = [rows for rows, _, _ in shares]
     if sum(counts) < 2:
         raise ValueError(f"features have shape {tuple(features.shape)}: {wanted}")
@@ -646,7 +544,7 @@ def margin_contrastive(
     """
     if not margin > 0:
         raise ValueError(f"margin={margin}: pass a number above 0")
-    _raise(_same_problem(z1, z2, same) or _options_problem(1, reduction))
+    raise_if(same_problem(z1, z2, same) or options_problem(1, reduction))
     difference = full_precision(z1) - full_precision(z2)
     # squared for pairs of a kind: the root's slope at 0 is infinite (for others torch takes 0)
     apart = (margin - torch.linalg.vector_norm(difference, dim=1)).clamp_min(0)
@@ -671,15 +569,9 @@ def exponential_contrastive(
     """
     if not bound > 0:
         raise ValueError(f"bound={bound}: pass a number above 0")
-    _raise(_same_problem(z1, z2, same) or _options_problem(1, reduction))
+    raise_if(same_problem(z1, z2, same) or options_problem(1, reduction))
     energy = (full_precision(z1) - full_precision(z2)).abs().sum(1)
     return _reduce(torch.where(same, 2 / bound * energy**2, 2 * bound * (-2.77 / bound * energy).exp()), reduction)
-
-
-def _same_problem(z1: Tensor, z2: Tensor, same: Tensor) -> str:
-    if same.shape != z1.shape[:1] or same.dtype != torch.bool:
-        return f"same has shape {tuple(same.shape)} and dtype {same.dtype}: pass {len(z1)} bools"
-    return _views_problem(z1, z2)
 
 
 def distillation(
@@ -704,6 +596,6 @@ def distillation(
             f"logits have shapes {tuple(student_logits.shape)} (student) and {tuple(teacher_logits.shape)} (teacher): "
             f"pass n classes twice"
         )
-    _raise(_options_problem(temperature, reduction))
+    raise_if(options_problem(temperature, reduction))
     taught = (full_precision(teacher_logits.detach()) / temperature).softmax(1)
     return _reduce(-(taught * (full_precision(student_logits) / temperature).log_softmax(1)).sum(1), reduction)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_core.losses import check_pairs
+from contrastive_core.loss_arguments import check_pairs
 
 
 @torch.no_grad()

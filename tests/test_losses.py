@@ -709,7 +709,7 @@ def test_what_only_several_processes_can_get_wrong(monkeypatch, shares, call, wo
     def exchange(*numbers):  # n, m and d come last
         return [(*numbers[:-3], *share) for share in shares]
 
-    for module in ("gather", "losses"):
+    for module in ("gather", "loss_arguments"):
         monkeypatch.setattr(f"contrastive_core.{module}.world", lambda: (0, 2))
     monkeypatch.setattr("contrastive_core.gather.exchange", exchange)
     with pytest.raises(ValueError, match=words):
