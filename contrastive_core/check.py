@@ -29,15 +29,18 @@ from contrastive_core.loss_arguments import Gather
 from contrastive_core.losses import normalize
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
+LOSS_TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
 
 class Share(NamedTuple):
-    """What a loss is given: two encoded views `n d`, each image's number in the joint batch, and its process."""
+    """What a loss is given: two encoded views `n d`, each image's number in the joint batch and its process, and
+    a number that depends on the map."""
 
     a: Tensor
     b: Tensor
     ids: Tensor
     owners: Tensor
+    scale: Tensor
 
 
 class Row(NamedTuple):
@@ -50,6 +53,10 @@ class Row(NamedTuple):
     cosine: float
     error: float
 
+    def right(self, dtype: str) -> bool:
+        """Whether loss and gradient are those of the joint batch, to the precision's rounding."""
+        return self.error < TOLERANCE[dtype] and abs(self.loss_ratio - 1) < LOSS_TOLERANCE[dtype]
+
 
 def _cpc(share: Share, gather: Gather) -> Tensor:
     keys = torch.cat([share.b, share.a.flip(1)])  # more keys than queries
@@ -60,6 +67,15 @@ def _moco(share: Share, gather: Gather) -> Tensor:
     queue = torch.randn(13, share.a.shape[1], generator=torch.Generator().manual_seed(3)).to(share.a)
     own = normalize(share.b)
     return losses.info_nce(normalize(share.a), None, own, shared_keys=queue, temperature=0.2, gather=gather)
+
+
+def _mixed(share: Share, gather: Gather) -> Tensor:
+    """Own keys, keys, shared keys that need a gradient, and a temperature that does: all depend on the map."""
+    prototypes = share.a.new_ones(3, share.a.shape[1]) * torch.arange(1, 4, device=share.a.device)[:, None] / 4
+    temperature = 0.5 + share.scale
+    return losses.info_nce(
+        share.a, share.a.flip(1), share.b, shared_keys=prototypes * share.scale, temperature=temperature, gather=gather
+    )
 
 
 def _masked(share: Share, gather: Gather) -> Tensor:
@@ -83,6 +99,7 @@ def _siglip(share: Share, gather: Gather) -> Tensor:
 CASES: dict[str, tuple[Callable[[Share, Gather], Tensor], Sequence[Gather]]] = {
     "info_nce (CPC)": (_cpc, (True, "ring")),
     "info_nce (MoCo)": (_moco, (True, "ring")),
+    "info_nce, all at once": (_mixed, (True, "ring")),
     "info_nce, masked": (_masked, (True, "ring")),
     "nt_xent": (lambda share, gather: losses.nt_xent(share.a, share.b, gather=gather), (True, "ring")),
     "nt_xent, decoupled": (
@@ -119,7 +136,8 @@ def _loss_and_gradient(
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     weight = weight.to(device).requires_grad_()
     a, b = (view[chosen].to(device) @ weight.T for view in (first, second))
-    value = loss(Share(a, b, chosen.to(device), owners[chosen].to(device)), gather)
+    scale = weight.square().mean()
+    value = loss(Share(a, b, chosen.to(device), owners[chosen].to(device), scale), gather)
     (gradient,) = torch.autograd.grad(value, weight)
     return value.detach(), gradient
 
@@ -149,13 +167,13 @@ def check(counts: Sequence[int], dtype: torch.dtype) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row], tolerance: float) -> str:
-    """The rows as text, one a line, with "off" where the error is above the tolerance."""
+def table(rows: Sequence[Row], dtype: str) -> str:
+    """The rows as text, one a line, with "off" where loss or gradient is not right."""
     lines = [f"{'loss':27}{'images a process':19}{'loss ratio':>12}{'gradient scale':>16}{'cosine':>12}{'error':>10}"]
     for row in rows:
         counts = " ".join(map(str, row.counts[:8])) + (" ..." if len(row.counts) > 8 else "")
         numbers = f"{row.loss_ratio:12.7f}{row.gradient_scale:16.7f}{row.cosine:12.7f}{row.error:10.1e}"
-        lines.append(f"{row.loss:27}{counts:19}{numbers}{'' if row.error < tolerance else '  off'}")
+        lines.append(f"{row.loss:27}{counts:19}{numbers}{'' if row.right(dtype) else '  off'}")
     return "\n".join(lines)
 
 
@@ -196,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if launched:
         local = int(os.environ.get("LOCAL_RANK", 0))
-        nccl = torch.cuda.is_available() and local < torch.cuda.device_count()
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # a choice that all processes of a machine make alike
+        nccl = torch.cuda.is_available() and beside <= torch.cuda.device_count()
         if nccl:
             torch.cuda.set_device(local)
         dist.init_process_group("nccl" if nccl else "gloo")
@@ -205,11 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--processes {options.processes}: pass at least 2, or there is nothing to compare")
     else:
         rows = check_here(options.processes, options.dtype)
-    tolerance = TOLERANCE[options.dtype]
-    wrong = sum(not row.error < tolerance for row in rows)
+    wrong = sum(not row.right(options.dtype) for row in rows)
     if not launched or dist.get_rank() == 0:
-        size = len(rows[0].counts)
-        print(table(rows, tolerance))
+        size, tolerance = len(rows[0].counts), TOLERANCE[options.dtype]
+        print(table(rows, options.dtype))
         print(f"{len(rows) - wrong} of {len(rows)} within {tolerance:g} on {size} processes, {options.dtype}")
     if launched:
         dist.barrier()

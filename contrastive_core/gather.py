@@ -88,6 +88,8 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("gathered rows have no second derivatives: compute them in one process")
         total = gradients[0].contiguous().clone()
         dist.all_reduce(total)
         return total.split(ctx.counts)[dist.get_rank()], None

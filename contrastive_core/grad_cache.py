@@ -62,6 +62,10 @@ class CachedStep:
                 batch = make_batch()
                 self.sizes.append(len(batch.indices))
                 parts.append(self.method.represent(batch))
+                for name, rows in parts[-1].items():
+                    if len(rows) != self.sizes[-1]:
+                        wrong = f"{name} has {len(rows)} rows for {self.sizes[-1]} images"
+                        raise ValueError(f"{wrong}: represent must give one row an image")
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         self.leaves = {name: rows.requires_grad_(rows.is_floating_point()) for name, rows in joined.items()}
         with self.accelerator.autocast():
@@ -113,10 +117,12 @@ def batch_norms(module: nn.Module) -> list[str]:
 
 def check_cacheable(method: Method) -> None:
     """Raise ValueError where a method has no two halves; warn where BatchNorm makes the gradient another one."""
-    if type(method).represent is Method.represent:
+    kind = type(method)
+    halves = kind.represent is not Method.represent and kind.contrast is not Method.contrast
+    if not halves or kind.forward is not Method.forward:
         raise ValueError(
-            f"grad_cache needs a method in two halves, represent and contrast; {type(method).__name__} has none: "
-            f"leave grad_cache out (where images are not compared with one another, accumulation is exact)"
+            f"grad_cache needs a method in two halves, represent and contrast; {kind.__name__} has a forward of its "
+            f"own: leave grad_cache out (where images are not compared with one another, accumulation is exact)"
         )
     norms = batch_norms(method)
     if norms:
@@ -133,10 +139,12 @@ def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
     """Leave BatchNorm's running statistics as they are: the second pass updates them."""
     layers = [module.get_submodule(name) for name in batch_norms(module)]
     kept = {layer: [(buffer, buffer.clone()) for buffer in layer.buffers()] for layer in layers}
-    yield
-    for buffers in kept.values():
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    try:
+        yield
+    finally:
+        for buffers in kept.values():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _random_state(device: torch.device) -> RandomState:

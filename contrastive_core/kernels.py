@@ -80,12 +80,12 @@ def row_sweep(
     )
     if scores is None:
         scores = log_sums.new_zeros(()) if own is None else own
-    odds = (log_sums - scores).add_(scores * 0)  # an infinite positive gives NaN, not 0
-    losses = odds if pairs.decoupled else F.softplus(odds, threshold=88)
+    log_odds = (log_sums - scores).add_(scores * 0)  # an infinite positive gives NaN, not 0
+    losses = log_odds if pairs.decoupled else F.softplus(log_odds, threshold=88)
     if weights is None:
         return losses, (None, None, None)
 
-    w = slopes(odds, weights, pairs.decoupled)
+    w = slopes(log_odds, weights, pairs.decoupled)
     if centres is not None:
         d_queries = centres.mul_(w[:, None])
         if pairs.positive is not None:

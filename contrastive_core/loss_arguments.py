@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from contrastive_core.gather import agree, world
-from contrastive_core.sweep import Mask
+from contrastive_core.sweep import Mask, block_problem, full_precision_of, masked_positive_problem, row_blocks
 
 Gather = bool | Literal["ring"] | None
 Reduction = Literal["mean", "sum", "none"]
-Shares = list[tuple[int, ...]]
-"""What every process holds, in rank order: queries, keys and the vectors' dimension."""
+Shares = list[tuple[int, int]]
+"""How many queries and keys every process holds, in rank order."""
 
 
 def check_pairs(queries: Tensor, keys: Tensor, positive: Tensor) -> None:
@@ -78,11 +78,31 @@ def shared_keys_problem(shared_keys: Tensor | None, d: int) -> str:
     return f"shared_keys have shape {tuple(shared_keys.shape)}: pass k d with d = {d}"
 
 
-def mask_problem(mask: Tensor | Mask | None, n: int, m: int) -> str:
-    """A mask that is a tensor is bool `n m`."""
-    if not isinstance(mask, Tensor) or (mask.dtype == torch.bool and mask.shape == (n, m)):
+def mask_problem(mask: Tensor | Mask | None, n: int, m: int, positive: Tensor | None) -> str:
+    """A mask that is a tensor is bool `n m`, and leaves no positive out.
+
+    A function is asked here only where an error must not wait for the sweep, since other processes would.
+    """
+    if mask is None:
         return ""
-    return f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}: pass bool of ({n}, {m})"
+    if m == 0:
+        return "mask covers keys, and there are none: leave it out (shared keys are all compared)"
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool or mask.shape != (n, m):
+            return f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}: pass bool of ({n}, {m})"
+        if positive is None:
+            return ""
+        return masked_positive_problem(mask.gather(1, positive[:, None]).squeeze(1), 0)
+    if world()[1] == 1 or positive is None:
+        return ""
+    for rows in row_blocks(n, m, positive.device.type):
+        allowed = mask(rows, slice(0, m))
+        problem = block_problem(allowed, rows, m) or masked_positive_problem(
+            allowed.gather(1, positive[rows, None]).squeeze(1), rows.start
+        )
+        if problem:
+            return problem
+    return ""
 
 
 def options_problem(temperature: float | Tensor, reduction: str) -> str:
@@ -107,20 +127,27 @@ def raise_if(problem: str) -> None:
 
 
 def agreed_shares(
-    problem: str, gather: Gather, n: int, m: int, d: int, *, reduction: str = "mean", ring: bool = True
+    problem: str, gather: Gather, queries: Tensor, keys: Tensor, *, reduction: str = "mean", ring: bool = True
 ) -> Shares:
-    """n, m and d of all processes that take part: of this one alone where nothing is gathered."""
+    """The numbers of queries and keys of all processes that take part: of this one alone where nothing is gathered."""
     if not (gather is None or isinstance(gather, bool) or (ring and gather == "ring")):
-        raise ValueError(f"gather={gather!r}: pass None, True or False" + ring * ', or "ring"')
+        problem = f"gather={gather!r}: pass None, True or False" + ring * ', or "ring"'
     if gather is False or world()[1] == 1:
         raise_if(problem)
-        shares: Shares = [(n, m, d)]
+        shares: Shares = [(len(queries), len(keys))]
     else:
-        shares = agree(problem, n, m, d)
-    # all processes see the same numbers from here on, and raise alike
-    if len({d for _, _, d in shares}) > 1:
-        raise ValueError(f"processes pass vectors of d = {[d for _, _, d in shares]}: pass the same d on all of them")
-    if sum(n for n, _, _ in shares) == 0:
+        exact = full_precision_of(queries, keys) == torch.float64
+        slopes = keys.requires_grad and torch.is_grad_enabled()
+        sizes = (0, 0, 0) if problem else (len(queries), len(keys), queries.shape[1])
+        everyone = agree(problem, *sizes, exact, slopes)
+        # all processes see the same numbers from here on, and raise alike
+        for what, values in zip(
+            ("vectors of d", "float64", "keys that need a gradient"), list(zip(*everyone, strict=True))[2:], strict=True
+        ):
+            if len(set(values)) > 1:
+                raise ValueError(f"processes pass {what} = {list(values)}: pass the same on all of them")
+        shares = [(n, m) for n, m, *_ in everyone]
+    if sum(n for n, _ in shares) == 0:
         raise ValueError("queries are empty: pass at least one")
     if reduction == "sum" and len(shares) > 1:
         raise ValueError('reduction="sum" means nothing under DDP\'s average: pass "mean", or "none" and sum yourself')

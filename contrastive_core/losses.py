@@ -4,16 +4,16 @@ Pure functions of tensors, and thin modules around the two best known; importing
 only. All of them
 
 - are exact at any size without holding the matrix of scores (`contrastive_core.sweep`);
-- compute in float32 (float64 for float64 inputs), whatever the inputs' precision or autocast;
-- compare with the keys of all processes where torch.distributed is initialised, with every process's share of the
-  gradient (`contrastive_core.gather`), unless told `gather=False`; evaluation on one process says so;
+- compute in float32 (float64 for float64 inputs), whatever the inputs' precision or autocast, and return that;
 - let NaN through, never a plausible number in its place; an infinity shows in the loss or in its gradients.
 
-`gather`: None = whenever torch.distributed is initialised; True; False = this process's keys only; "ring" = keys of
-all processes, of which only two shares are held at a time (`contrastive_core.ring`). Each process gives back the mean
-over its own queries (weighted, where processes hold different numbers), so that DDP's average of losses and
-gradients is that of the joint batch. `reduction="none"` gives the rows of this process as they are; `"sum"` is refused
-where keys are gathered, since DDP's average would be the sum over the number of processes.
+Those that compare images with one another take the keys of all processes, each with its full gradient
+(`contrastive_core.gather`). `gather`: None or True = where torch.distributed is initialised; False = this process's
+keys only, as evaluation on one process must say; "ring" = keys of all processes, of which a few shares are held at a
+time (`contrastive_core.ring`). Each process gives back the mean over its own queries, weighted where processes hold
+different numbers, so that DDP's average of losses and gradients is that of the joint batch. `reduction="none"` gives
+this process's rows as they are; `"sum"` is refused where keys are gathered, since DDP's average would be the sum over
+the number of processes. The losses without a `gather` are plain means over this process's rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from contrastive_core.gather import all_gather, first_row
@@ -45,9 +44,10 @@ from contrastive_core.loss_arguments import (
     shared_keys_problem,
     views_problem,
 )
-from contrastive_core.ring import ring_odds
+from contrastive_core.ring import ring_log_odds
 from contrastive_core.sweep import (
     SAFE_SCORE,
+    SECOND_DERIVATIVES,
     Mask,
     Pairs,
     full_precision,
@@ -67,7 +67,7 @@ def _scale(reduction: str, shares: Shares) -> float | None:
 
     For the mean 1 / queries of the joint batch, times the processes, over which DDP averages.
     """
-    return {"none": None, "sum": 1.0, "mean": len(shares) / sum(n for n, _, _ in shares)}[reduction]
+    return {"none": None, "sum": 1.0, "mean": len(shares) / sum(n for n, _ in shares)}[reduction]
 
 
 def _reduced(losses: Tensor, scale: float | None) -> Tensor:
@@ -89,8 +89,9 @@ class _UnitRows(torch.autograd.Function):
         return unit
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(SECOND_DERIVATIVES)
         unit, inverse = ctx.saved_tensors
         return scaled_rows_gradient(gradient, unit, inverse, 1.0)
 
@@ -102,6 +103,8 @@ def normalize(rows: Tensor) -> Tensor:
 
     Example: `normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))` is [[0.6, 0.8], [0, 0]].
     """
+    if rows.ndim != 2:
+        raise ValueError(f"rows have shape {tuple(rows.shape)}: pass n d")
     return _UnitRows.apply(full_precision(rows))
 
 
@@ -132,7 +135,8 @@ def info_nce(
         shared_keys: `k d`, candidates that are the same on every process and never gathered (queue, memory bank).
         temperature: T > 0; a tensor may be learned.
         mask: `n m` bool, True = compared, or a function of a row slice and a column slice that gives such a block and
-            is asked for a block at a time. It covers `keys`; shared keys and those of other processes are compared.
+            is asked for a block at a time, more than once. It covers `keys`; shared keys and those of other
+            processes are compared. Neither it nor `positive` may change before the backward pass.
         decoupled: leave the positive out of the sum (DCL; Yeh et al. 2022, equation 6).
         reduction: "mean", "sum" or "none" (`n`).
         gather: see the module's docstring.
@@ -144,29 +148,32 @@ def info_nce(
     2.0794 = log 8.
     """
     own = positive if positive.ndim == 2 and positive.is_floating_point() else None
+    index = positive if own is None else None
+    problem = ""
     if keys is None:
         if own is None or shared_keys is None:
-            raise ValueError("keys=None: pass shared_keys, and each query's own key as positive (n d)")
-        keys = queries.new_empty(0, *queries.shape[1:])
+            problem = "keys=None: pass shared_keys, and each query's own key as positive (n d)"
+        keys = queries[:0] if queries.ndim else queries
     problem = (
-        (pairs_problem(queries, keys, positive) if own is None else own_key_problem(queries, keys, own))
+        problem
+        or (pairs_problem(queries, keys, positive) if own is None else own_key_problem(queries, keys, own))
         or shared_keys_problem(shared_keys, queries.shape[1])
-        or mask_problem(mask, len(queries), len(keys))
+        or mask_problem(mask, len(queries), len(keys), index)
         or options_problem(temperature, reduction)
     )
-    shares = agreed_shares(problem, gather, len(queries), len(keys), queries.shape[-1], reduction=reduction)
-    counts, scale = [m for _, m, _ in shares], _scale(reduction, shares)
+    shares = agreed_shares(problem, gather, queries, keys, reduction=reduction)
+    counts, scale = [m for _, m in shares], _scale(reduction, shares)
     check_negatives(decoupled, sum(counts) + (0 if shared_keys is None else len(shared_keys)) - (own is None))
 
     precision = full_precision_of(queries, keys, shared_keys, own)
-    queries, keys = queries.to(precision) / temperature, keys.to(precision)
+    queries, keys = queries.to(precision) / _exact(temperature, precision), keys.to(precision)
     shared_keys = None if shared_keys is None else shared_keys.to(precision)
     scores = None if own is None else (queries * own.to(precision)).sum(1)
-    pairs = Pairs(positive if own is None else None, mask=_as_function(mask), width=len(keys), decoupled=decoupled)
+    pairs = Pairs(index, mask=_as_function(mask), width=len(keys), decoupled=decoupled)
     gathered = len(counts) > 1 and sum(counts) > 0
     if gathered and gather == "ring":
-        odds = ring_odds(queries, keys, scores, pairs, shared_keys, counts)
-        return _reduced(odds if decoupled else F.softplus(odds, threshold=88), scale)
+        log_odds = ring_log_odds(queries, keys, scores, pairs, shared_keys, counts)
+        return _reduced(log_odds if decoupled else F.softplus(log_odds, threshold=88), scale)
     if gathered:
         keys, pairs = all_gather(keys, counts), pairs.moved(first_row(counts))
     if shared_keys is not None:
@@ -206,13 +213,13 @@ def nt_xent(
 
     Example: identical projections give log(2n - 1): `nt_xent(torch.ones(4, 8), torch.ones(4, 8))` is 1.9459 = log 7.
     """
-    n, d = len(z1), z1.shape[-1]
     problem = views_problem(z1, z2) or options_problem(temperature, reduction)
-    shares = agreed_shares(problem, gather, 2 * n, 2 * n, d, reduction=reduction)
-    check_negatives(decoupled, sum(rows for rows, _, _ in shares) - 2)
+    images = agreed_shares(problem, gather, z1, z2, reduction=reduction)
+    shares = [(2 * rows, 2 * rows) for rows, _ in images]
+    check_negatives(decoupled, sum(rows for rows, _ in shares) - 2)
     scale = _scale(reduction, shares)
     precision = full_precision_of(z1, z2)
-    z1, z2 = z1.to(precision), z2.to(precision)
+    z1, z2, temperature = z1.to(precision), z2.to(precision), _exact(temperature, precision)
     largest = _largest_score(temperature)
     if len(shares) > 1 or largest > SAFE_SCORE[precision] or supported(z1, z2, Pairs()):
         losses = _nt_xent_by_rows(normalize(side_by_side(z1, z2)), temperature, decoupled, shares, scale, gather)
@@ -222,7 +229,7 @@ def nt_xent(
     else:
         sweep = partial(two_view_sweep, length=temperature**-0.5, decoupled=decoupled)
         losses = swept(sweep, z1, z2, scale=scale)
-    return losses if scale is not None else losses.view(n, 2).T.flatten()  # the first views' losses first
+    return losses if scale is not None else losses.view(-1, 2).T.flatten()  # the first views' losses first
 
 
 def _nt_xent_by_rows(
@@ -232,20 +239,26 @@ def _nt_xent_by_rows(
     itself = torch.arange(len(views), device=views.device)
     pairs = Pairs(itself.view(-1, 2).flip(1).flatten(), itself, decoupled=decoupled)
     queries = views / temperature
-    counts = [rows for rows, _, _ in shares]
+    counts = [rows for rows, _ in shares]
     if gather == "ring" and len(shares) > 1:
-        odds = ring_odds(queries, views, None, pairs, None, counts)
-        return _reduced(odds if decoupled else F.softplus(odds, threshold=88), scale)
+        log_odds = ring_log_odds(queries, views, None, pairs, None, counts)
+        return _reduced(log_odds if decoupled else F.softplus(log_odds, threshold=88), scale)
     if len(shares) > 1:
         views, pairs = all_gather(views, counts), pairs.moved(first_row(counts))
     return swept(partial(fastest_row_sweep, pairs=pairs), queries, views, None, scale=scale)
 
 
+def _exact(temperature: float | Tensor, precision: torch.dtype) -> float | Tensor:
+    """A learned temperature as a scalar of the precision that everything is computed in."""
+    return temperature.to(precision).reshape(()) if isinstance(temperature, Tensor) else temperature
+
+
 def _largest_score(temperature: float | Tensor) -> float:
-    """Of unit vectors, 1/T; infinite where a learned T would have to be fetched from a device."""
+    """Of unit vectors, 1/T; infinite where a learned T would have to be fetched from a device, or out of a graph."""
     if not isinstance(temperature, Tensor):
         return 1 / temperature
-    return 1 / float(temperature.detach()) if temperature.device.type == "cpu" else math.inf
+    known = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+    return 1 / float(temperature.detach()) if known else math.inf
 
 
 def sup_con(
@@ -265,7 +278,7 @@ def sup_con(
 
     Args:
         views: `n d`, any number of views of each image; normalised here.
-        labels: `n` integers.
+        labels: `n` integers; each is a class, -1 like any other.
         temperature: T > 0; a tensor may be learned.
         reduction: "mean" over the anchors that have a positive, "sum", or "none" (`n`, 0 where there is none).
         gather: see the module's docstring; no "ring".
@@ -277,14 +290,14 @@ def sup_con(
     `sup_con(torch.ones(4, 8), torch.zeros(4, dtype=torch.long))` is 1.0986 = log 3.
     """
     problem = labels_problem(views, labels) or options_problem(temperature, reduction)
-    shares = agreed_shares(problem, gather, len(views), len(views), views.shape[-1], reduction=reduction, ring=False)
+    shares = agreed_shares(problem, gather, views, views, reduction=reduction, ring=False)
     views, first = normalize(views), 0
     keys, classes = views, labels
     if len(shares) > 1:
-        counts = [rows for rows, _, _ in shares]
+        counts = [rows for rows, _ in shares]
         keys, classes, first = all_gather(views, counts), all_gather(labels, counts), first_row(counts)
 
-    queries = views / temperature
+    queries = views / _exact(temperature, views.dtype)
     itself = torch.arange(first, first + len(views), device=views.device)
     _, class_of, sizes = torch.unique(classes, return_inverse=True, return_counts=True)
     own_class = class_of[itself]
@@ -334,7 +347,7 @@ def symmetric_info_nce(
     Example: identical rows give log n: `symmetric_info_nce(torch.ones(4, 8), torch.ones(4, 8))` is 1.3863 = log 4.
     """
     problem = views_problem(a, b) or options_problem(temperature, reduction)
-    agreed_shares(problem, gather, len(a), len(a), a.shape[-1], reduction=reduction)
+    agreed_shares(problem, gather, a, b, reduction=reduction)
     a, b = normalize(a), normalize(b)
     pairs = torch.arange(len(a), device=a.device)
     loss = partial(info_nce, positive=pairs, temperature=temperature, reduction=reduction, gather=gather)
@@ -373,11 +386,11 @@ def siglip(
     problem = pairs_problem(queries, keys, positive) or options_problem(temperature, reduction)
     if isinstance(bias, Tensor) and bias.numel() != 1:
         problem = problem or f"bias has shape {tuple(bias.shape)}: pass one number"
-    shares = agreed_shares(problem, gather, len(queries), len(keys), queries.shape[-1], reduction=reduction, ring=False)
+    shares = agreed_shares(problem, gather, queries, keys, reduction=reduction, ring=False)
     precision = full_precision_of(queries, keys)
-    queries, keys = queries.to(precision) / temperature, keys.to(precision)
+    queries, keys = queries.to(precision) / _exact(temperature, precision), keys.to(precision)
     if len(shares) > 1:
-        counts = [m for _, m, _ in shares]
+        counts = [m for _, m in shares]
         keys, positive = all_gather(keys, counts), positive + first_row(counts)
     bias = torch.as_tensor(bias, dtype=precision, device=queries.device).reshape(())
     sweep = partial(sigmoid_sweep, positive=positive)
@@ -390,7 +403,7 @@ class InfoNCELoss(nn.Module):
     Args:
         temperature: T > 0, the first value if `learn_temperature`.
         learn_temperature: learn log T, bounded below by 0.01 (CLIP; Radford et al. 2021, section 2.5).
-        decoupled, reduction, gather: as in `info_nce`.
+        decoupled, reduction, gather: as in `info_nce`; a call's own `gather` goes before the module's.
 
     Example: `InfoNCELoss()(torch.ones(2, 4), torch.ones(8, 4), torch.tensor([0, 5]))` is 2.0794 = log 8.
     """
@@ -416,9 +429,11 @@ class InfoNCELoss(nn.Module):
         *,
         shared_keys: Tensor | None = None,
         mask: Tensor | Mask | None = None,
+        gather: Gather = None,
     ) -> Tensor:
+        options = self.options | ({} if gather is None else {"gather": gather})
         return info_nce(
-            queries, keys, positive, shared_keys=shared_keys, mask=mask, temperature=self.temperature(), **self.options
+            queries, keys, positive, shared_keys=shared_keys, mask=mask, temperature=self.temperature(), **options
         )
 
 
@@ -509,8 +524,8 @@ def uniformity(features: Tensor, *, t: float = 2.0, gather: Gather = None) -> Te
     """
     wanted = "pass n d with at least two rows"
     problem = "" if features.ndim == 2 else f"features have shape {tuple(features.shape)}: {wanted}"
-    shares = agreed_shares(problem, gather, len(features), len(features), features.shape[-1], ring=False)
-    counts = [rows for rows, _, _ in shares]
+    shares = agreed_shares(problem, gather, features, features, ring=False)
+    counts = [rows for rows, _ in shares]
     if sum(counts) < 2:
         raise ValueError(f"features have shape {tuple(features.shape)}: {wanted}")
     features, first = normalize(features), 0

@@ -42,13 +42,14 @@ def count_negatives(loss: Callable[..., Tensor], queries: Tensor, *others: Tenso
         queries: `n d` (`nt_xent`: the first views); only their shape matters.
         others, options: what the loss is given beside them; every process must call where keys are gathered.
 
-    Returns `n` (`nt_xent`: `2n`) counts, 0 for a query that has none.
+    Returns `n` (`nt_xent`: `2n`) counts, 0 for a query that has none; where no query has one the loss raises.
 
     Example: `count_negatives(nt_xent, torch.rand(4, 8), torch.rand(4, 8))` is [6, 6, 6, 6, 6, 6, 6, 6].
     """
     options = {**options, "temperature": 1.0, "decoupled": True, "reduction": "none"}
-    others = tuple(o if o is None or not o.is_floating_point() else torch.zeros_like(o) for o in others)
-    return loss(torch.zeros_like(queries), *others, **options).exp().round()
+    # in float64, whose exponential of a logarithm is right to the last of a billion keys
+    zeros = [o if o is None or not o.is_floating_point() else o.new_zeros(o.shape, dtype=torch.float64) for o in others]
+    return loss(queries.new_zeros(queries.shape, dtype=torch.float64), *zeros, **options).exp().round()
 
 
 @torch.no_grad()

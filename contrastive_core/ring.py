@@ -1,4 +1,4 @@
-"""Contrast with the keys of all processes while holding those of two.
+"""Contrast with the keys of all processes while holding those of a few, however many there are.
 
 Gathering puts all keys on every process: O(m d) for the joint m. Here each process passes a share of keys on to the
 next and takes one from the one before, and scores its own queries against whatever share is visiting. After as many
@@ -41,22 +41,22 @@ def pass_on(*shares: Tensor, counts: Sequence[int], at: int) -> tuple[Tensor, ..
     return tuple(arriving)
 
 
-class _RingOdds(torch.autograd.Function):
+class _RingLogOdds(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, queries: Tensor, keys: Tensor, own: Tensor, shared: Tensor | None, pairs: Pairs, counts: list[int]
     ) -> Tensor:
         ctx.pairs, ctx.counts = pairs, counts
         rank = world()[0]
-        odds, visiting = [], keys
+        log_odds, visiting = [], keys
         with full_precision_island(queries.device.type):
             for hop in range(len(counts)):
                 if hop:
                     (visiting,) = pass_on(visiting, counts=counts, at=rank - hop + 1)
-                odds.append(_share_sweep(queries, visiting, own, pairs if hop == 0 else None)[0])
+                log_odds.append(_share_sweep(queries, visiting, own, pairs if hop == 0 else None)[0])
             if shared is not None:
-                odds.append(_share_sweep(queries, shared, own, None)[0])
-        shares = torch.stack(odds)
+                log_odds.append(_share_sweep(queries, shared, own, None)[0])
+        shares = torch.stack(log_odds)
         total = shares.logsumexp(0)
         ctx.save_for_backward(queries, keys, own, shared, shares, total)
         return total
@@ -77,12 +77,17 @@ class _RingOdds(torch.autograd.Function):
                 pairs = ctx.pairs if hop == 0 else None
                 _, parts = _share_sweep(queries, visiting, own, pairs, weights=weights[hop], needs=needs)
                 _add_(parts, d_queries, collected, d_own)
-                visiting, collected = pass_on(visiting, collected, counts=ctx.counts, at=rank - hop)
+                if hop + 1 < size:
+                    visiting, collected = pass_on(visiting, collected, counts=ctx.counts, at=rank - hop)
+                else:  # only the gradient comes home
+                    (collected,) = pass_on(collected, counts=ctx.counts, at=rank - hop)
+            d_shared = None
             if shared is not None:
-                needs = (needs[0], False, needs[2])
+                needs = (needs[0], ctx.needs_input_grad[3], needs[2])
                 _, parts = _share_sweep(queries, shared, own, None, weights=weights[size], needs=needs)
-                _add_(parts, d_queries, None, d_own)
-        return d_queries, collected, d_own, None, None, None
+                d_shared = parts[1]
+                _add_((parts[0], None, parts[2]), d_queries, None, d_own)
+        return d_queries, collected, d_own, d_shared, None, None
 
 
 def _share_sweep(queries: Tensor, keys: Tensor, own: Tensor, pairs: Pairs | None, **options: Any) -> Any:
@@ -98,7 +103,7 @@ def _add_(parts: tuple[Tensor | None, ...], *totals: Tensor | None) -> None:
             total += part
 
 
-def ring_odds(
+def ring_log_odds(
     queries: Tensor, keys: Tensor, own: Tensor | None, pairs: Pairs, shared: Tensor | None, counts: list[int]
 ) -> Tensor:
     """The log-odds `n` against the positive, log sum_j exp(S_ij - S_ip), over the negatives of all processes.
@@ -107,8 +112,8 @@ def ring_odds(
         queries: `n d`, over the temperature. keys: `m d`, this process's; `counts` tells every process's m.
         own: `n`, the positives' scores where `pairs.positive` is None.
         pairs: this process's queries with its own keys.
-        shared: `k d`, keys that are the same on every process; they get no gradient.
+        shared: `k d`, keys that are the same on every process.
     """
     if own is None:
         own = (queries * keys[pairs.positive]).sum(1)
-    return _RingOdds.apply(queries, keys, own, shared, pairs, counts)
+    return _RingLogOdds.apply(queries, keys, own, shared, pairs, counts)

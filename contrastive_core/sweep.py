@@ -65,30 +65,40 @@ class Pairs:
         """Set the scores `r m` of these rows to -inf wherever a key is not a negative, in place."""
         if self.mask is not None:
             allowed = self.mask(rows, slice(0, self.width))
-            expected = (len(scores), self.width)
-            if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool or allowed.shape != expected:
-                got = f"{allowed.dtype} of shape {tuple(allowed.shape)}" if isinstance(allowed, Tensor) else allowed
-                raise ValueError(f"mask gave {got} for {rows}: return bool of {expected}")
-            self._check_positive(allowed, rows)
+            problem = block_problem(allowed, rows, self.width)
+            if not problem and self.positive is not None:
+                own = allowed.gather(1, self.positive[rows, None] - self.first).squeeze(1)
+                problem = masked_positive_problem(own, rows.start)
+            if problem:
+                raise ValueError(problem)
             scores[:, self.first : self.first + self.width].masked_fill_(~allowed, -torch.inf)
         for column in (self.positive, self.itself):
             if column is not None:
                 scores.scatter_(1, column[rows, None], -torch.inf)
         return scores
 
-    def _check_positive(self, allowed: Tensor, rows: slice) -> None:
-        if self.positive is None:
-            return
-        masked = ~allowed.gather(1, self.positive[rows, None] - self.first).squeeze(1)
-        if masked.any():
-            row = rows.start + int(masked.nonzero()[0])
-            raise ValueError(f"the mask leaves out the positive of query {row}: set it True, or drop that query")
-
     def moved(self, by: int) -> Pairs:
         """The same pairs among keys in front of which `by` others were put."""
         positive = None if self.positive is None else self.positive + by
         itself = None if self.itself is None else self.itself + by
         return replace(self, positive=positive, itself=itself, first=self.first + by)
+
+
+def block_problem(allowed: Tensor, rows: slice, width: int) -> str:
+    """What a mask function gave is a bool block; "" = it is."""
+    expected = (rows.stop - rows.start, width)
+    if isinstance(allowed, Tensor) and allowed.dtype == torch.bool and allowed.shape == expected:
+        return ""
+    got = f"{allowed.dtype} of shape {tuple(allowed.shape)}" if isinstance(allowed, Tensor) else allowed
+    return f"mask gave {got} for {rows}: return bool of {expected}"
+
+
+def masked_positive_problem(own: Tensor, first: int) -> str:
+    """A mask lets every positive through; "" = it does. `own`: `n` bool, of the queries from number `first` on."""
+    if own.all():
+        return ""
+    row = first + int((~own).nonzero()[0])
+    return f"the mask leaves out the positive of query {row}: set it True, or drop that query"
 
 
 def full_precision(rows: Tensor) -> Tensor:
@@ -137,9 +147,9 @@ def row_sweep(
     for rows in row_blocks(len(queries), len(keys), queries.device.type):
         scores = queries[rows] @ keys.T
         if pairs.positive is not None:  # from the same product as the others, so that equal keys score equally
-            positive = scores.gather(1, pairs.positive[rows, None]).squeeze(1)
+            own_score = scores.gather(1, pairs.positive[rows, None]).squeeze(1)
         else:
-            positive = scores.new_zeros(()) if own is None else own[rows]
+            own_score = scores.new_zeros(()) if own is None else own[rows]
 
         # N_ij up to a factor, and X_i; a row without negatives has X_i = -inf
         pairs.negatives_(scores, rows)
@@ -147,12 +157,13 @@ def row_sweep(
         highest = scores.amax(1).clamp_min_(lowest) if len(keys) else scores.new_full((len(scores),), lowest)
         negatives = scores.sub_(highest[:, None]).exp_()
         total = negatives.sum(1)
-        odds = total.log().add_(highest).sub_(positive).add_(positive * 0)  # an infinite positive gives NaN, not 0
-        losses[rows] = odds if pairs.decoupled else F.softplus(odds, threshold=88)
+        # own_score * 0, so that an infinite positive gives NaN and not 0
+        log_odds = total.log().add_(highest).sub_(own_score).add_(own_score * 0)
+        losses[rows] = log_odds if pairs.decoupled else F.softplus(log_odds, threshold=88)
         if weights is None:
             continue
 
-        w = slopes(odds, weights_of(weights, rows), pairs.decoupled)
+        w = slopes(log_odds, weights_of(weights, rows), pairs.decoupled)
         scale = (w / total.clamp_min(torch.finfo(total.dtype).tiny))[:, None]
         if d_queries is not None:
             torch.mm(negatives, keys, out=d_queries[rows]).mul_(scale)
@@ -172,9 +183,9 @@ def weights_of(weights: Tensor | float, rows: slice) -> Tensor | float:
     return weights[rows] if isinstance(weights, Tensor) else weights
 
 
-def slopes(odds: Tensor, weights: Tensor | float, decoupled: bool) -> Tensor:
+def slopes(log_odds: Tensor, weights: Tensor | float, decoupled: bool) -> Tensor:
     """w_i, the weight of a row's loss times dL_i/dX_i."""
-    return (torch.ones_like(odds) if decoupled else odds.sigmoid()).mul_(weights)
+    return (torch.ones_like(log_odds) if decoupled else log_odds.sigmoid()).mul_(weights)
 
 
 def sigmoid_sweep(
@@ -240,12 +251,12 @@ def symmetric_sweep(
     whole = _on_diagonal(views) if n <= SIDE else None  # a single block need not be made twice
     total = (_row_sums(views) if whole is None else whole.sum(1)).view(images, 2)
     two = views.view(images, 2, -1)
-    odds = total.log().sub_((two[:, 0] * two[:, 1]).sum(1, keepdim=True))
-    losses = odds if decoupled else F.softplus(odds, threshold=88)
+    log_odds = total.log().sub_((two[:, 0] * two[:, 1]).sum(1, keepdim=True))
+    losses = log_odds if decoupled else F.softplus(log_odds, threshold=88)
     if weights is None or not needs[0]:
         return losses.view(n), (None,)
 
-    w = slopes(odds, weights.view(images, 2) if isinstance(weights, Tensor) else weights, decoupled)
+    w = slopes(log_odds, weights.view(images, 2) if isinstance(weights, Tensor) else weights, decoupled)
     u = (w / total.clamp_min_(torch.finfo(total.dtype).tiny)).view(n)
     pairs = w.sum(1).neg_()
     if whole is not None:
@@ -315,6 +326,8 @@ def scaled_rows(rows: Tensor, length: float) -> tuple[Tensor, Tensor]:
     # in float64: in float32 the squares of 1e-22 vanish, and those of 1e20 overflow
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
     factor = norm.reciprocal_().mul_(length).nan_to_num_(nan=torch.nan, posinf=0.0).to(rows.dtype)
+    if rows.dtype == torch.float64:  # whose squares may overflow still: no plausible zero for it
+        factor.masked_fill_(factor == 0, torch.nan).masked_fill_((rows == 0).all(1, keepdim=True), 0)
     return rows * factor, factor
 
 
@@ -382,8 +395,8 @@ class _Swept(torch.autograd.Function):
 
 
 SECOND_DERIVATIVES = (
-    "the losses keep no graph of their gradient: for second derivatives write "
-    "F.cross_entropy(queries @ keys.T / temperature, positive)"
+    "no graph of the gradient is kept: for second derivatives write the loss in torch's own operations, "
+    "e.g. F.cross_entropy(queries @ keys.T / temperature, positive)"
 )
 
 

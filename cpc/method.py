@@ -87,6 +87,8 @@ class CPC(Method):
         b, rows, cols, _ = representations["targets"].shape
         local = rearrange(representations["targets"], "b rows cols d -> (b rows cols) d")
         counts = row_counts(len(local))
+        if min(counts) == 0:  # on all processes alike
+            raise ValueError(f"processes hold {counts} patches: give every process at least one image")
         targets = all_gather(local, counts)
         losses, metrics = [], {}
         for direction in self.directions:

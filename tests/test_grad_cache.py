@@ -193,8 +193,27 @@ def test_a_method_without_two_halves_is_named():
         def forward(self, batch):
             return torch.zeros(()), {}
 
-    with pytest.raises(ValueError, match="grad_cache needs a method in two halves, represent and contrast; Whole has"):
+    with pytest.raises(ValueError, match="in two halves, represent and contrast; Whole has a forward of its own"):
         check_cacheable(Whole())
+
+
+def test_a_method_that_adds_to_its_halves_is_refused():
+    class Regularised(Siamese):
+        def forward(self, batch):
+            loss, metrics = super().forward(batch)
+            return loss + self.encoder[0].weight.square().sum(), metrics
+
+    with pytest.raises(ValueError, match="Regularised has a forward of its own: leave grad_cache out"):
+        check_cacheable(Regularised())
+
+
+def test_representations_that_are_not_one_an_image_are_named():
+    class Stacked(Siamese):
+        def represent(self, batch):
+            return {"z": torch.cat([self.encoder(view) for view in batch.views])}
+
+    with pytest.raises(ValueError, match="z has 6 rows for 3 images: represent must give one row an image"):
+        cached_gradients(Stacked().double(), [batch_of(images(3))])
 
 
 @contextmanager

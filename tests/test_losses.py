@@ -431,8 +431,16 @@ def test_second_derivatives_are_refused_with_another_way(name, reduction):
     case = CASES[name]
     tensors = case.tensors()
     value = case.loss(*tensors, reduction=reduction).sum()
-    with pytest.raises(NotImplementedError, match=r"for second derivatives write F\.cross_entropy\(queries @ keys\.T"):
+    with pytest.raises(NotImplementedError, match="for second derivatives write the loss in torch's own"):
         torch.autograd.grad(value, tensors, create_graph=True)
+
+
+@pytest.mark.parametrize("loss", [negative_cosine, alignment])
+def test_second_derivatives_of_cosine_losses_are_refused_too(loss):
+    """Also where the other side's gradient is stopped, as in SimSiam and BYOL, and nothing else would notice."""
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    with pytest.raises(NotImplementedError, match="for second derivatives write the loss in torch's own"):
+        torch.autograd.grad(loss(a, b), a, create_graph=True)
 
 
 # ---- closed forms, and the docstrings' examples ----
@@ -691,23 +699,25 @@ def test_the_positive_of_an_own_key_cannot_be_masked():
     close(loss, info_nce(queries, None, own, shared_keys=SHARED.double()))
 
 
-WRONG_TOGETHER = [  # (n, m and d of two processes of which this is the first, a call, the words of its error)
-    ([(3, 5, 4), (3, 5, 8)], lambda: info_nce(Q, KEYS, P), r"processes pass vectors of d = \[4, 8\]: pass the same d"),
-    ([(3, 5, 4)] * 2, lambda: info_nce(Q, KEYS, P, reduction="sum"), """reduction="sum" means nothing under DDP's"""),
-    ([(6, 6, 4), (6, 6, 8)], lambda: nt_xent(Q, Q), r"processes pass vectors of d = \[4, 8\]"),
-    ([(6, 6, 4)] * 2, lambda: nt_xent(Q, Q, reduction="sum"), 'pass "mean", or "none" and sum yourself'),
-    ([(3, 3, 4)] * 2, lambda: sup_con(Q, P, reduction="sum"), 'pass "mean", or "none" and sum yourself'),
-    ([(3, 5, 4)] * 2, lambda: siglip(Q, KEYS, P, reduction="sum"), 'pass "mean", or "none" and sum yourself'),
-    ([(3, 3, 4)] * 2, lambda: symmetric_info_nce(Q, Q, reduction="sum"), 'pass "mean", or "none" and sum yourself'),
+WRONG_TOGETHER = [  # (what the other process passes: n, m, d, float64, slopes; a call; the words of its error)
+    ((3, 5, 8, 0, 0), lambda: info_nce(Q, KEYS, P), r"processes pass vectors of d = \[4, 8\]: pass the same"),
+    ((3, 5, 4, 1, 0), lambda: info_nce(Q, KEYS, P), r"processes pass float64 = \[0, 1\]: pass the same"),
+    ((3, 5, 4, 0, 1), lambda: info_nce(Q, KEYS, P), r"processes pass keys that need a gradient = \[0, 1\]"),
+    ((3, 5, 4, 0, 0), lambda: info_nce(Q, KEYS, P, reduction="sum"), """reduction="sum" means nothing under DDP's"""),
+    ((3, 3, 8, 0, 0), lambda: nt_xent(Q, Q), r"processes pass vectors of d = \[4, 8\]"),
+    ((3, 3, 4, 0, 0), lambda: nt_xent(Q, Q, reduction="sum"), 'pass "mean", or "none" and sum yourself'),
+    ((3, 3, 4, 0, 0), lambda: sup_con(Q, P, reduction="sum"), 'pass "mean", or "none" and sum yourself'),
+    ((3, 5, 4, 0, 0), lambda: siglip(Q, KEYS, P, reduction="sum"), 'pass "mean", or "none" and sum yourself'),
+    ((3, 3, 4, 0, 0), lambda: symmetric_info_nce(Q, Q, reduction="sum"), 'pass "mean", or "none" and sum yourself'),
 ]
 
 
-@pytest.mark.parametrize(("shares", "call", "words"), WRONG_TOGETHER)
-def test_what_only_several_processes_can_get_wrong(monkeypatch, shares, call, words):
+@pytest.mark.parametrize(("other", "call", "words"), WRONG_TOGETHER)
+def test_what_only_several_processes_can_get_wrong(monkeypatch, other, call, words):
     """As two processes see it, of which only the numbers that they exchange first are there."""
 
-    def exchange(*numbers):  # n, m and d come last
-        return [(*numbers[:-3], *share) for share in shares]
+    def exchange(misfit, *numbers):
+        return [(int(misfit), *map(int, numbers)), (0, *other)]
 
     for module in ("gather", "loss_arguments"):
         monkeypatch.setattr(f"contrastive_core.{module}.world", lambda: (0, 2))
@@ -716,7 +726,35 @@ def test_what_only_several_processes_can_get_wrong(monkeypatch, shares, call, wo
         call()
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_temperature_of_any_precision_and_shape_is_taken_as_exactly_as_it_is(kind, shape):
+    temperature = torch.full(shape, 0.07, dtype=kind)
+    exact = float(temperature.double())
+    queries, keys = torch.randn(6, 8), torch.randn(6, 8)
+    for loss in (
+        nt_xent,
+        symmetric_info_nce,
+        lambda q, k, **options: info_nce(q, k, torch.arange(6), **options),
+        lambda q, k, **options: sup_con(torch.cat([q, k]), torch.arange(6).repeat(2), **options),
+        lambda q, k, **options: siglip(q, k, torch.arange(6), **options),
+    ):
+        close(loss(queries, keys, temperature=temperature), loss(queries, keys, temperature=exact), rtol=1e-5)
+
+
+def test_normalize_takes_rows_only():
+    with pytest.raises(ValueError, match=r"rows have shape \(2, 3, 4\): pass n d"):
+        normalize(torch.ones(2, 3, 4))
+
+
 # ---- modules ----
+
+
+def test_a_call_says_whether_to_gather():
+    """As CPC does, which gathers its targets once for all its calls: so it can learn a temperature."""
+    loss = InfoNCELoss(10.0, learn_temperature=True)
+    close(loss(Q, KEYS, P, gather=False), info_nce(Q, KEYS, P, temperature=10.0))
+    assert loss(Q, KEYS, P, gather=False).requires_grad
 
 
 def test_modules_are_the_functions():

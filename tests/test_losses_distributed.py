@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,15 @@ from torch.nn import functional as F
 from contrastive_core import check, losses
 from contrastive_core.gather import all_gather, first_row, mean_weight, row_counts
 from contrastive_core.losses import info_nce, nt_xent, siglip, sup_con, symmetric_info_nce, uniformity
+from contrastive_core.method import Batch
 from contrastive_core.metrics import count_negatives
+from cpc.context import ContextNetwork
+from cpc.method import CPC
 
 COUNTS = {"equal": [3, 3], "unequal": [2, 5], "one has none": [0, 4]}
+
+
+LABELS = [torch.tensor([0, 1, 0]), torch.tensor([1, 2, 1])]
 
 
 def rows(counts, rank=None, seed=0):
@@ -40,7 +47,7 @@ def losses_by_row(counts, rank=None):
         "info_nce, ring": info_nce(a, b, index, reduction="none", gather="ring" if gather else False),
         "nt_xent": nt_xent(a, b, reduction="none", gather=gather),
         "siglip": siglip(a, b, index, reduction="none", gather=gather),
-        "sup_con": sup_con(a, index % 2, reduction="none", gather=False) if rank is None else torch.zeros(0),
+        "sup_con": sup_con(a, torch.cat(LABELS) if rank is None else LABELS[rank], reduction="none", gather=gather),
     }
 
 
@@ -62,7 +69,21 @@ def by_index(a, b, gather):
     return info_nce(a, b, torch.arange(len(a)), gather=gather)
 
 
-MEANS = {"info_nce": by_index, "nt_xent": nt_xent, "symmetric_info_nce": symmetric_info_nce}
+def in_a_ring(a, b, gather):
+    return info_nce(a, b, torch.arange(len(a)), gather="ring" if gather is None else gather)
+
+
+def by_sigmoid(a, b, gather):
+    return siglip(a, b, torch.arange(len(a)), temperature=0.5, bias=-1.0, gather=gather)
+
+
+MEANS = {
+    "info_nce": by_index,
+    "info_nce, ring": in_a_ring,
+    "nt_xent": nt_xent,
+    "symmetric_info_nce": symmetric_info_nce,
+    "siglip": by_sigmoid,
+}
 
 
 def candidates():
@@ -76,6 +97,39 @@ def candidates():
         "PIRL": count_negatives(info_nce, z, None, z, shared_keys=torch.randn(32, 4)),
         "local only": count_negatives(info_nce, z, cells, index, gather=False),
     }
+
+
+def masked_positive(rank, mask_of, gather):
+    allowed = torch.ones(4, 4, dtype=torch.bool)
+    allowed[2, 2] = rank == 0
+    return info_nce(Z, Z, torch.arange(4), mask=mask_of(allowed), gather=gather)
+
+
+Z = torch.ones(4, 3)
+WHOLE_GRIDS, NO_GRIDS = torch.zeros(2, 3, 3, 6, 1, 1), torch.zeros(0, 3, 3, 6, 1, 1)
+
+MISFITS = {  # what is wrong on rank 1 alone: neither process may wait for the other
+    "positive": lambda rank: info_nce(Z, Z, torch.arange(4 - rank)),
+    "mask": lambda rank: masked_positive(rank, lambda mask: mask, None),
+    "mask, ring": lambda rank: masked_positive(rank, lambda mask: mask, "ring"),
+    "mask function, ring": lambda rank: masked_positive(rank, lambda mask: lambda r, c: mask[r, c], "ring"),
+    "no keys": lambda rank: info_nce(Z, None, Z, shared_keys=None if rank else Z),
+    "gather": lambda rank: info_nce(Z, Z, torch.arange(4), gather="rings" if rank else "ring"),
+    "views": lambda rank: nt_xent(Z, torch.tensor(1.0) if rank else Z),
+    "float64": lambda rank: nt_xent(Z, Z.double() if rank else Z),
+    "slopes": lambda rank: info_nce(Z, Z.clone().requires_grad_(rank == 0), torch.arange(4)),
+    "CPC": lambda rank: tiny_cpc()(Batch((NO_GRIDS if rank else WHOLE_GRIDS,), torch.arange(0), torch.arange(0))),
+}
+
+
+def tiny_cpc():
+    class Pixels(torch.nn.Module):
+        dim = 6
+
+        def forward(self, patches):
+            return patches.flatten(1)
+
+    return CPC(Pixels(), offsets=[1], target_dim=4, context=partial(ContextNetwork, width=5, layers=1))
 
 
 def gather_that_puts_back_its_own_rows(tensor, counts):
@@ -106,7 +160,7 @@ def one_process(rank, folder):
         "counts": error_of(all_gather, z, [4, 3] if rank else [3, 4]),
         "ring": error_of(uniformity, z, gather="ring"),
     }
-    result["errors"]["misfit"] = error_of(info_nce, z[:, :3], z[:, :3], torch.arange(4 - rank))
+    result["misfits"] = {name: error_of(call, rank) for name, call in MISFITS.items()}
     if rank == 0:  # alone: none of these may wait for the other process
         result["alone"] = [float(loss(z, z, gather=False)) for loss in (by_index, nt_xent, symmetric_info_nce)]
         result["expected alone"] = float(F.cross_entropy(z @ z.T, torch.arange(4)))
@@ -127,7 +181,7 @@ def two_processes(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("loss", ["info_nce", "info_nce, ring", "nt_xent", "siglip"])
+@pytest.mark.parametrize("loss", ["info_nce", "info_nce, ring", "nt_xent", "siglip", "sup_con"])
 def test_rows_are_those_of_the_joint_batch(two_processes, loss):
     joint = losses_by_row([3, 3])[loss]
     ours = [result["rows"][loss] for result in two_processes]
@@ -177,8 +231,8 @@ def test_how_many_negatives_a_query_has_on_one_and_two_processes(two_processes, 
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("another d", "ValueError: processes pass vectors of d = [3, 4]: pass the same d on all of them"),
-        ("another d, nt_xent", "ValueError: processes pass vectors of d = [3, 4]: pass the same d on all of them"),
+        ("another d", "ValueError: processes pass vectors of d = [3, 4]: pass the same on all of them"),
+        ("another d, nt_xent", "ValueError: processes pass vectors of d = [3, 4]: pass the same on all of them"),
         ("sum", 'ValueError: reduction="sum" means nothing under DDP\'s average'),
         ("nobody has any", "ValueError: queries are empty: pass at least one"),
         ("ring", "ValueError: gather='ring': pass None, True or False"),
@@ -189,10 +243,34 @@ def test_what_does_not_fit_is_an_error_on_every_process(two_processes, case, wor
         assert result["errors"][case].startswith(words)
 
 
-def test_what_does_not_fit_on_one_process_keeps_none_waiting(two_processes):
-    first, second = (result["errors"]["misfit"] for result in two_processes)
+@pytest.mark.parametrize(
+    ("misfit", "words"),
+    [
+        ("positive", "positive has shape (3,) and dtype torch.int64: pass one integer index"),
+        ("mask", "the mask leaves out the positive of query 2"),
+        ("mask, ring", "the mask leaves out the positive of query 2"),
+        ("mask function, ring", "the mask leaves out the positive of query 2"),
+        ("no keys", "keys=None: pass shared_keys"),
+        ("gather", "gather='rings': pass None, True or False, or \"ring\""),
+        ("views", "the views have shapes (4, 3) and (): pass n d twice"),
+    ],
+)
+def test_what_does_not_fit_on_one_process_keeps_none_waiting(two_processes, misfit, words):
+    first, second = (result["misfits"][misfit] for result in two_processes)
     assert first == "ValueError: process 1 passed what does not fit: see its own error"
-    assert second.startswith("ValueError: positive has shape (3,) and dtype torch.int64: pass one integer index")
+    assert second.startswith(f"ValueError: {words}")
+
+
+@pytest.mark.parametrize(
+    ("misfit", "words"),
+    [
+        ("float64", "processes pass float64 = [0, 1]: pass the same on all of them"),
+        ("slopes", "processes pass keys that need a gradient = [1, 0]: pass the same on all of them"),
+        ("CPC", "processes hold [18, 0] patches: give every process at least one image"),
+    ],
+)
+def test_what_differs_between_processes_keeps_none_waiting(two_processes, misfit, words):
+    assert [result["misfits"][misfit] for result in two_processes] == [f"ValueError: {words}"] * 2
 
 
 def test_wrong_counts_are_named(two_processes):
@@ -210,8 +288,8 @@ def test_the_check_finds_a_partial_gradient(two_processes):
         assert by_name[name].loss_ratio == pytest.approx(1)  # which is why nobody notices
         assert by_name[name].error > 0.1
     assert by_name["nt_xent, ring"].error < 1e-12  # gathers nothing
-    assert "off" in check.table([by_name["nt_xent"]], 1e-12)
-    assert "off" not in check.table([by_name["nt_xent, ring"]], 1e-12)
+    assert "off" in check.table([by_name["nt_xent"]], "float64")
+    assert "off" not in check.table([by_name["nt_xent, ring"]], "float64")
 
 
 @pytest.mark.parametrize(("processes", "dtype"), [(2, "float64"), (4, "float32")])
@@ -227,7 +305,7 @@ def test_every_loss_passes_the_check(processes, dtype):
 def test_the_command_under_a_launcher(launch_tool):
     run = launch_tool("-m", "contrastive_core.check", "--dtype", "float64", processes=2)
     assert run.returncode == 0, run.stderr
-    assert "30 of 30 within 1e-12 on 2 processes, float64" in run.stdout
+    assert "34 of 34 within 1e-12 on 2 processes, float64" in run.stdout
     assert run.stdout.count("nt_xent, ring") == 2  # once for each numbers of images, by one process
 
 

@@ -125,7 +125,7 @@ def test_with_grad_cache_micro_batches_are_contrasted_as_one(accumulate):
 
 
 def test_grad_cache_of_a_method_that_compares_nothing_is_an_error():
-    with pytest.raises(ValueError, match="Line has none: leave grad_cache out"):
+    with pytest.raises(ValueError, match="Line has a forward of its own: leave grad_cache out"):
         list(run(Line(), grad_cache=True))
 
 
