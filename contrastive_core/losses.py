@@ -153,7 +153,7 @@ def info_nce(
     if keys is None:
         if own is None or shared_keys is None:
             problem = "keys=None: pass shared_keys, and each query's own key as positive (n d)"
-        keys = queries[:0] if queries.ndim else queries
+        keys = queries.detach()[:0] if queries.ndim else queries.detach()  # or the queue would get a gradient
     problem = (
         problem
         or (pairs_problem(queries, keys, positive) if own is None else own_key_problem(queries, keys, own))

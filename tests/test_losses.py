@@ -692,6 +692,19 @@ def test_a_positive_that_is_masked_in_a_later_block_is_named(monkeypatch):
             info_nce(queries, keys, torch.arange(100), mask=passed)
 
 
+def test_a_queue_gets_no_gradient_that_nobody_asked_for(monkeypatch):
+    asked, sweep_of = [], losses.fastest_row_sweep
+
+    def seen(*tensors, needs=(), **options):
+        asked.append(needs)
+        return sweep_of(*tensors, needs=needs, **options)
+
+    monkeypatch.setattr(losses, "fastest_row_sweep", seen)
+    queries, own = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    info_nce(queries, None, own, shared_keys=SHARED).backward()
+    assert asked == [(True, False, True)]
+
+
 def test_the_positive_of_an_own_key_cannot_be_masked():
     """The mask covers keys, and a query's own key is none of them."""
     queries, keys, own = (torch.randn(rows, 4, dtype=torch.float64) for rows in (3, 5, 3))
