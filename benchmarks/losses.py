@@ -539,7 +539,7 @@ def fill_in(
 
 LINES = {
     "ours": ("nt_xent", "#0b6e4f", -2, (7, -13), "left"),
-    "plain": ("plain", "#777777", -1, (5, 2), "left"),
+    "plain": ("plain", "#777777", -1, (4, 6), "left"),
     "lightly": ("lightly", "#c8553d", -1, (-7, 0), "right"),
 }
 """A line's name, colour, the point its name stands beside, how far away, on which side: where no other line passes."""
