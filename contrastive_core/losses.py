@@ -456,8 +456,9 @@ class NTXentLoss(nn.Module):
         self.temperature = Temperature(temperature, learn=learn_temperature)
         self.options: dict[str, Any] = {"decoupled": decoupled, "reduction": reduction, "gather": gather}
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent(z1, z2, temperature=self.temperature(), **self.options)
+    def forward(self, z1: Tensor, z2: Tensor, *, gather: Gather = None) -> Tensor:
+        options = self.options | ({} if gather is None else {"gather": gather})
+        return nt_xent(z1, z2, temperature=self.temperature(), **options)
 
 
 class Temperature(nn.Module):

@@ -768,6 +768,9 @@ def test_a_call_says_whether_to_gather():
     loss = InfoNCELoss(10.0, learn_temperature=True)
     close(loss(Q, KEYS, P, gather=False), info_nce(Q, KEYS, P, temperature=10.0))
     assert loss(Q, KEYS, P, gather=False).requires_grad
+    close(NTXentLoss(0.3)(Q, Q, gather=False), nt_xent(Q, Q, temperature=0.3))
+    with pytest.raises(ValueError, match="gather='rings'"):  # the call's goes before the module's
+        NTXentLoss(0.3, gather=False)(Q, Q, gather="rings")
 
 
 def test_modules_are_the_functions():

@@ -160,6 +160,12 @@ def one_process(rank, folder):
         "counts": error_of(all_gather, z, [4, 3] if rank else [3, 4]),
         "ring": error_of(uniformity, z, gather="ring"),
     }
+    leaf = torch.randn(4, 3, requires_grad=True)
+    slope = partial(torch.autograd.grad, inputs=leaf, create_graph=True)
+    result["second"] = [
+        error_of(slope, info_nce(leaf, leaf, torch.arange(4), gather="ring")),
+        error_of(slope, all_gather(leaf).sum()),
+    ]
     result["misfits"] = {name: error_of(call, rank) for name, call in MISFITS.items()}
     if rank == 0:  # alone: none of these may wait for the other process
         result["alone"] = [float(loss(z, z, gather=False)) for loss in (by_index, nt_xent, symmetric_info_nce)]
@@ -271,6 +277,13 @@ def test_what_does_not_fit_on_one_process_keeps_none_waiting(two_processes, misf
 )
 def test_what_differs_between_processes_keeps_none_waiting(two_processes, misfit, words):
     assert [result["misfits"][misfit] for result in two_processes] == [f"ValueError: {words}"] * 2
+
+
+def test_second_derivatives_across_processes_are_refused(two_processes):
+    for result in two_processes:
+        ring, gathered = result["second"]
+        assert ring.startswith("NotImplementedError: no graph of the gradient is kept")
+        assert gathered.startswith("NotImplementedError: gathered rows have no second derivatives")
 
 
 def test_wrong_counts_are_named(two_processes):

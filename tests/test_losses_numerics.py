@@ -358,6 +358,14 @@ def shows(loss, *tensors):
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
+def test_a_positive_of_infinite_score_gives_nan_as_cross_entropy_does(decoupled):
+    """Its limit would be 0, the best loss there is, for a network that has blown up."""
+    query, keys = torch.tensor([[1.0, 0.0]]), torch.tensor([[math.inf, 1.0], [1.0, 1.0]])
+    assert info_nce(query, keys, torch.tensor([0]), decoupled=decoupled).isnan()
+    assert info_nce(query, None, keys[:1], shared_keys=keys[1:], decoupled=decoupled).isnan()
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("setting", HIDING)
 def test_info_nce_does_not_hide_infinity(setting, decoupled):
     query, keys, positive = HIDING[setting]

@@ -46,3 +46,5 @@ def test_negatives_are_counted_by_the_loss_itself():
     assert count_negatives(nt_xent, queries.half(), queries.half()).tolist() == [6] * 8
     many = count_negatives(info_nce, queries, torch.randn(100_000, 3), positive)
     assert many.tolist() == [99_999] * 4
+    millions = count_negatives(info_nce, torch.zeros(1, 1), torch.zeros(2_000_003, 1), torch.tensor([0]))
+    assert millions.tolist() == [2_000_002]  # in float32 it would be one too few

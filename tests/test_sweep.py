@@ -251,6 +251,7 @@ def compiled_cases():
     return {
         "nt_xent": lambda a, b: nt_xent(a, b, temperature=0.2),
         "nt_xent, cold": lambda a, b: nt_xent(a, b, temperature=0.01),
+        "nt_xent, learned temperature": lambda a, b: nt_xent(a, b, temperature=(a * b).mean().exp()),
         "nt_xent, rows": lambda a, b: nt_xent(a, b, temperature=0.2, reduction="none"),
         "info_nce": lambda a, b: info_nce(a, b, positive),
         "info_nce, rows": lambda a, b: info_nce(a, b, positive, reduction="none"),
