@@ -31,8 +31,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser: every bit of the input changes every bit of the output with probability 1/2."""
+def mix64(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser, int64 to int64: every bit of the input changes every bit of the output half the time."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
@@ -54,14 +54,14 @@ class Randomness:
     """
 
     def __init__(self, seed: int, step: int, places: Tensor) -> None:
-        key = _mix(torch.tensor(_as_int64(seed % (1 << 64))))
-        key = _mix(key ^ (torch.tensor(step) + 1) * _GOLDEN)
-        self._keys = _mix(key ^ (places.to("cpu", torch.int64) + 1) * _GOLDEN)
+        key = mix64(torch.tensor(_as_int64(seed % (1 << 64))))
+        key = mix64(key ^ (torch.tensor(step) + 1) * _GOLDEN)
+        self._keys = mix64(key ^ (places.to("cpu", torch.int64) + 1) * _GOLDEN)
 
     def _bits(self, stream: str, shape: tuple[int, ...]) -> Tensor:
-        keys = _mix(self._keys ^ (zlib.crc32(stream.encode()) * 0x100000001 % (1 << 63)))
+        keys = mix64(self._keys ^ (zlib.crc32(stream.encode()) * 0x100000001 % (1 << 63)))
         counters = torch.arange(1, math.prod(shape) + 1) * _GOLDEN
-        return _mix(keys[:, None] + counters).view(len(keys), *shape)
+        return mix64(keys[:, None] + counters).view(len(keys), *shape)
 
     def uniform(self, stream: str, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform in [low, high): float32 `b *shape`, 24 random bits each."""

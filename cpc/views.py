@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
+from contrastive_core.augment.views import Augmentation, normalise, to_float
 from contrastive_core.randomness import Randomness
 from cpc.patches import extract_patches, grid_side
 
-
-class Augmentation(Protocol):
-    """Anything that maps images, or a patch grid, to augmented ones with the numbers it is handed."""
-
-    def __call__(self, images: Tensor, randomness: Randomness) -> Tensor: ...
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 to float32 0..1; floats pass as they are."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
-
-
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std per channel, for `... 3 h w` in 0..1."""
-    shape = (3, 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+__all__ = ["Augmentation", "PatchViews", "normalise", "to_float"]
 
 
 class PatchViews(nn.Module):

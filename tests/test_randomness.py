@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from contrastive_core.augment import Parts
-from contrastive_core.randomness import _GOLDEN, Randomness, _mix
+from contrastive_core.randomness import _GOLDEN, Randomness, mix64
 
 PLACES = torch.arange(64)
 
@@ -16,7 +16,7 @@ PLACES = torch.arange(64)
 def test_the_mixer_is_splitmix64s() -> None:
     """The published test vector: the first outputs of SplitMix64 from the seed 1234567."""
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    outputs = _mix(1234567 + torch.arange(1, 5) * _GOLDEN)
+    outputs = mix64(1234567 + torch.arange(1, 5) * _GOLDEN)
     assert [output % 2**64 for output in outputs.tolist()] == expected
 
 

@@ -8,31 +8,59 @@ the images that are drawn: `ColourJitter(...)(images, randomness)`. `Parts` give
 Numbers are drawn and grouped on the CPU; pixels stay on their device, and nothing here waits for it.
 """
 
+from contrastive_core.augment.blur import GaussianBlur
 from contrastive_core.augment.channel_drop import ChannelDrop, drop_channels
-from contrastive_core.augment.colour import ColourJitter, HistogramRemap, InceptionColour, RandomGrey
+from contrastive_core.augment.colour import (
+    ColourJitter,
+    HistogramRemap,
+    InceptionColour,
+    RandomGrey,
+    RandomPhotometric,
+    RandomSobel,
+    RandomSolarize,
+)
 from contrastive_core.augment.elastic import ElasticDeformation, elastic
-from contrastive_core.augment.image import RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop, SpatialJitter
+from contrastive_core.augment.image import (
+    CentreFit,
+    RandomAffine,
+    RandomCrop,
+    RandomCutout,
+    RandomFlip,
+    RandomQuarterTurn,
+    RandomResizedCrop,
+    SpatialJitter,
+)
 from contrastive_core.augment.noise import GaussianNoise
 from contrastive_core.augment.parts import Parts
 from contrastive_core.augment.primitives import AUTOAUGMENT, SIXTEEN, AutoAugmentPrimitives
+from contrastive_core.augment.views import JigsawViews, Views
 
 __all__ = [
     "AUTOAUGMENT",
     "SIXTEEN",
     "AutoAugmentPrimitives",
+    "CentreFit",
     "ChannelDrop",
     "ColourJitter",
     "ElasticDeformation",
+    "GaussianBlur",
     "GaussianNoise",
     "HistogramRemap",
     "InceptionColour",
+    "JigsawViews",
     "Parts",
     "RandomAffine",
     "RandomCrop",
+    "RandomCutout",
     "RandomFlip",
     "RandomGrey",
+    "RandomPhotometric",
+    "RandomQuarterTurn",
     "RandomResizedCrop",
+    "RandomSobel",
+    "RandomSolarize",
     "SpatialJitter",
+    "Views",
     "drop_channels",
     "elastic",
 ]

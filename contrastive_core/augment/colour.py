@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contrastive_core.augment.rows import by_group, check_images, check_probability, on_chosen, per_image
@@ -160,6 +161,19 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
     return result
 
 
+def sobel(images: Tensor) -> Tensor:
+    """The length of the luminance's gradient, in every channel, n c h w: Sobel's, in units per pixel, at most 0.71.
+
+    Along x (1, 2, 1) / 4 across rows of half the difference of the neighbours, likewise along y; the border is
+    repeated. A ramp that rises by 0.1 a pixel gives 0.1.
+    """
+    padded = F.pad(luminance(images), (1, 1, 1, 1), mode="replicate")
+    smooth_y = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
+    smooth_x = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
+    gradient = torch.hypot(smooth_y[..., 2:] - smooth_y[..., :-2], smooth_x[:, :, 2:] - smooth_x[:, :, :-2]) / 8
+    return gradient.repeat(1, images.shape[1], 1, 1)
+
+
 def remap_histogram(images: Tensor, slopes: Tensor) -> Tensor:
     """Each channel through a rising curve of k straight pieces from (0, 0) to (1, 1): a monotone change of histogram.
 
@@ -191,6 +205,67 @@ class RandomGrey(nn.Module):
             return images
         check_images(images, channels=(1, 3))
         return on_chosen(images, randomness.bernoulli(f"{self.stream}/chosen", self.probability), grey)
+
+
+class RandomSolarize(nn.Module):
+    """Pixels at or above a threshold inverted, with a probability (BYOL's second view: 0.2).
+
+    `forward(images n c h w in [0, 1], randomness) -> n c h w`. threshold: 0 .. 1; 0.5 in BYOL, 128 / 255 in PIL's
+    default, which no 8-bit image can tell from it.
+    """
+
+    def __init__(self, probability: float = 0.2, threshold: float = 0.5, stream: str = "solarize") -> None:
+        super().__init__()
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is between 0 and 1, got {threshold}: divide one of 8 bits by 255")
+        self.probability, self.threshold, self.stream = check_probability(probability), threshold, stream
+
+    def forward(self, images: Tensor, randomness: Randomness) -> Tensor:
+        if self.probability == 0:
+            return images
+        check_images(images)
+        chosen = randomness.bernoulli(f"{self.stream}/chosen", self.probability)
+        return on_chosen(images, chosen, solarize, torch.full((len(chosen),), self.threshold))
+
+
+class RandomPhotometric(nn.Module):
+    """Posterized, sharpened, solarized and stretched, in this order, with a probability (PIRL's, as in VISSL's code).
+
+    4 to 8 bits, a sharpness factor of 0.1 .. 1.9, a threshold of 0 .. 256 levels of 255, then auto contrast: each
+    drawn uniformly, all four or none. `forward(images n c h w in [0, 1], randomness) -> n c h w`.
+    """
+
+    def __init__(self, probability: float = 0.66, stream: str = "photometric") -> None:
+        super().__init__()
+        self.probability, self.stream = check_probability(probability), stream
+
+    def forward(self, images: Tensor, randomness: Randomness) -> Tensor:
+        if self.probability == 0:
+            return images
+        check_images(images, channels=(1, 3))
+        chosen = randomness.bernoulli(f"{self.stream}/chosen", self.probability)
+        bits = 4 + randomness.integers(f"{self.stream}/bits", 5)
+        factor = randomness.uniform(f"{self.stream}/sharpness", low=0.1, high=1.9)
+        threshold = randomness.integers(f"{self.stream}/threshold", 257) / 255
+        return on_chosen(images, chosen, _photometric, bits, factor, threshold)
+
+
+def _photometric(images: Tensor, bits: Tensor, factor: Tensor, threshold: Tensor) -> Tensor:
+    return auto_contrast(solarize(sharpen(posterize(images, bits), factor), threshold))
+
+
+class RandomSobel(nn.Module):
+    """The edges of the luminance in every channel, with a probability: one of SimCLR's seven (figure 4)."""
+
+    def __init__(self, probability: float = 0.5, stream: str = "sobel") -> None:
+        super().__init__()
+        self.probability, self.stream = check_probability(probability), stream
+
+    def forward(self, images: Tensor, randomness: Randomness) -> Tensor:
+        if self.probability == 0:
+            return images
+        check_images(images, channels=(1, 3))
+        return on_chosen(images, randomness.bernoulli(f"{self.stream}/chosen", self.probability), sobel)
 
 
 class HistogramRemap(nn.Module):

@@ -7,6 +7,8 @@ builds the positions by homogeneous products, takes two and a half times as long
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,24 +100,54 @@ def crop(images: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Te
     return images.flatten(2).gather(2, pixels.expand(-1, c, -1)).reshape(n, c, *size)
 
 
-def resized_crop(images: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
-    """The box of each image, resized to size (rows, columns), bilinear and without antialiasing.
+def resized_crop(images: Tensor, box: Tensor, size: tuple[int, int], antialias: bool = False) -> Tensor:
+    """The box of each image, resized to size (rows, columns), bilinear; what lies outside the box is not read.
 
     Args:
         images: n c h w.
-        box: n 4, centre x, centre y, width, height, as shares of the image's width and height.
+        box: n 4, top, left, height, width in pixels, within the image.
+        size: rows and columns of the result.
+        antialias: whether a box larger than `size` is smoothed by a triangle as wide as the reduction (PIL's way), by
+            two matrix products an image; else two pixels along each axis are read however large the box is.
 
-    Example: the box (0.5, 0.5, 1, 1) at the image's own size is the identity.
+    Example: the box (0, 0, h, w) at the image's own size is the identity.
     """
     check_images(images)
     if box.shape != (len(images), 4):
         raise ValueError(f"expected boxes {len(images)} 4, one an image, got {tuple(box.shape)}")
-    x, y, width, height = box.unbind(1)
-    zero = torch.zeros_like(x)
-    theta = torch.stack([width, zero, 2 * x - 1, zero, height, 2 * y - 1], dim=1).reshape(-1, 2, 3)
-    theta = theta.to(images.device, images.dtype, non_blocking=True)
-    grid = F.affine_grid(theta, [len(images), images.shape[1], *size], align_corners=False)
+    top, left, height, width = box.to("cpu", torch.float32).unbind(1)
+    if antialias:
+        along = _triangles(images, top, height, images.shape[2], size[0])
+        across = _triangles(images, left, width, images.shape[3], size[1])
+        with _full_precision(images.device.type):
+            return along @ images @ across.transpose(2, 3)
+    y = _places(top, height, size[0]) * (2 / images.shape[2]) - 1
+    x = _places(left, width, size[1]) * (2 / images.shape[3]) - 1
+    grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=3)
+    grid = grid.to(images.device, images.dtype, non_blocking=True)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _full_precision(device: str) -> AbstractContextManager[object]:
+    """No autocast, which would round weights and pixels to 8 bits; nothing to do where a device knows none."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _places(start: Tensor, length: Tensor, count: int) -> Tensor:
+    """Where `count` pixels spread over start .. start + length (n) are read, n count, kept to the pixels' centres."""
+    places = start[:, None] + (torch.arange(count) + 0.5) / count * length[:, None]
+    return places.clamp(start[:, None] + 0.5, (start + length)[:, None] - 0.5)
+
+
+def _triangles(images: Tensor, start: Tensor, length: Tensor, pixels: int, count: int) -> Tensor:
+    """The weight of each of the image's pixels along a side in each of `count` resized ones: n 1 count pixels."""
+    scale = (length / count)[:, None, None]
+    centre = start[:, None, None] + (torch.arange(count)[:, None] + 0.5) * scale
+    source = torch.arange(pixels) + 0.5
+    inside = (source > start[:, None]) & (source < (start + length)[:, None])
+    weight = (1 - (source - centre).abs() / scale.clamp(min=1)).clamp_(min=0) * inside[:, None, :]
+    weight = weight / weight.sum(2, keepdim=True)
+    return weight.unsqueeze(1).to(images.device, images.dtype, non_blocking=True)
 
 
 def cut_out(images: Tensor, x: Tensor, y: Tensor, side: Tensor, fill: float = 0.0) -> Tensor:
