@@ -42,10 +42,13 @@ class StepResult(NamedTuple):
 
 
 def make_batch(loaded: LoadedBatch, views: nn.Module, randomness: Randomness, device: torch.device) -> Batch:
-    """Move uint8 images to the device and augment them there."""
+    """Move uint8 images to the device and augment them there; or only move what the loader's workers have augmented."""
     with torch.no_grad():
-        images = loaded.images.to(device, non_blocking=True)
-        return Batch(views(images, randomness), loaded.indices.to(device), loaded.labels.to(device))
+        if loaded.views is None:
+            made = views(loaded.images.to(device, non_blocking=True), randomness)
+        else:
+            made = tuple(view.to(device, non_blocking=True) for view in loaded.views)
+    return Batch(made, loaded.indices.to(device), loaded.labels.to(device))
 
 
 def accumulated_gradients(

@@ -1,9 +1,11 @@
 """Images in, batches out: data sets (`images`, `sources`) and the order and grouping of their samples (`loading`).
 
-A data set is a list of encoded images and a size; a batch is a pure function of (seed, step). Nothing here
-augments or normalises: images stay uint8 until they are on the device.
+A data set is a list of encoded images and a size; a batch is a pure function of (seed, step). Images stay uint8 until
+they are on the device, unless the loader's workers are to augment them (`worker_views`, which loads torchvision and is
+imported from its own module). `fractions` chooses the few labels of many.
 """
 
+from contrastive_core.data.fractions import label_fraction, labels_per_class, only_labelled
 from contrastive_core.data.images import ImageDataset, Sample, UndecodableImage
 from contrastive_core.data.loading import (
     BadImages,
@@ -27,7 +29,10 @@ __all__ = [
     "batch_indices",
     "evaluation_batches",
     "imagefolder",
+    "label_fraction",
+    "labels_per_class",
     "mnist5k",
+    "only_labelled",
     "parquet",
     "sample_order",
     "torchvision_dataset",

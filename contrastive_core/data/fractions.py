@@ -1,0 +1,104 @@
+"""A few labels of many: nested choices, so that the images with 1 % of the labels are among those with 2 %.
+
+Each image has a place in the order of its class by a random number of its own, a function of (seed, index) alone.
+So a curve over fractions adds images and exchanges none, every class is there at every point of it, and an image's
+place does not change when others gain or lose their labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor
+
+from contrastive_core.data.images import ImageDataset
+from contrastive_core.randomness import Randomness
+
+
+def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
+    """The images that keep their labels when a share of them is kept: sorted indices, int64.
+
+    Of a class of n images round(fraction n) are taken, and at least one. Rounded and not up, since a curve over few
+    labels would otherwise be drawn with more than it says: at 1 % of 120 images a class, up is twice as many.
+
+    Args:
+        labels: `n` integers, -1 = unlabelled.
+        fraction: of the labelled images, above 0 and at most 1.
+        seed: other seeds take other images; any integer.
+
+    Raises ValueError for a fraction out of range, no labels, and fewer than one label a class to be had.
+
+    Example: at 1.0, all labelled images; of `[0, 0, 1, 1, -1]` at 0.5, one image a class.
+    """
+    classes = _rows_by_class(labels)
+    labelled = sum(map(len, classes))
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction {fraction}: pass a share of the labelled images above 0 and at most 1")
+    if round(fraction * labelled, 6) < len(classes):  # 0.29 * 100 is less than 29
+        raise ValueError(
+            f"fraction {fraction} of {labelled} labelled images is less than one for each of {len(classes)} classes: "
+            f"pass at least {math.ceil(len(classes) / labelled * 1e4) / 1e4:g}, or labels_per_class=1"
+        )
+    return _first(classes, [max(1, round(fraction * len(rows))) for rows in classes], seed)
+
+
+def labels_per_class(labels: Tensor, count: int, *, seed: int = 0) -> Tensor:
+    """`count` images of each class: sorted indices, `classes * count` int64.
+
+    Args: as `label_fraction`'s, whose order this is: a smaller choice lies inside a larger one of either kind.
+
+    Raises ValueError where there are no labels, and for a count below 1 or above the number of the rarest class.
+
+    Example: of `[0, 0, 1, 1, -1]` with count 2, `[0, 1, 2, 3]`.
+    """
+    classes = _rows_by_class(labels)
+    fewest = min(map(len, classes))
+    if not 1 <= count <= fewest:
+        raise ValueError(
+            f"{count} labels a class, the rarest of {len(classes)} classes has {fewest}: pass 1 to {fewest}"
+        )
+    return _first(classes, [count] * len(classes), seed)
+
+
+def only_labelled(dataset: ImageDataset, indices: Tensor) -> ImageDataset:
+    """The same images with the labels at these indices; every other label is -1.
+
+    For training on all images and few labels (SimCLR v2's distillation). Pixels, encoded images, names, faults and
+    stand-ins are shared with `dataset`, nothing is copied but the labels. A stand-in has its own label, or none.
+
+    Args: `indices`: int64, as `label_fraction` gives them.
+
+    Raises ValueError where an index is outside of the data set or has no label to keep.
+
+    Example: with `label_fraction(dataset.labels, 1.0)`, the labels are those of `dataset`.
+    """
+    count = len(dataset)
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+        low, high = int(indices.min()), int(indices.max())
+        raise ValueError(f"indices run from {low} to {high} for {count} images: pass 0 to {count - 1}")
+    without = indices[dataset.labels[indices] < 0]
+    if len(without):
+        raise ValueError(f"{len(without)} of the indices have no label, the first is {int(without[0])}: leave them out")
+    few = copy.copy(dataset)
+    few.labels = torch.full_like(dataset.labels, -1)
+    few.labels[indices] = dataset.labels[indices]
+    return few
+
+
+def _rows_by_class(labels: Tensor) -> list[Tensor]:
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise ValueError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}: pass `n` integers")
+    rows = [(labels == label).nonzero().flatten() for label in labels[labels >= 0].unique()]
+    if not rows:
+        raise ValueError(f"none of {labels.numel()} images has a label: pass labels from 0, -1 = unlabelled")
+    return rows
+
+
+def _first(classes: list[Tensor], counts: list[int], seed: int) -> Tensor:
+    chosen = []
+    for rows, count in zip(classes, counts, strict=True):
+        order = Randomness(seed, 0, rows).integers("label order", 1 << 62).argsort(stable=True)
+        chosen.append(rows[order[:count]])
+    return torch.cat(chosen).sort().values

@@ -1,0 +1,183 @@
+"""Label fractions lie inside one another, hold every class, and share the pixels."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contrastive_core.data import ImageDataset, label_fraction, labels_per_class, only_labelled
+
+
+def random_labels(count=600, classes=5, seed=0):
+    """Unequal classes, a fifth of the images unlabelled."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.arange(1.0, classes + 2)
+    return torch.multinomial(weights, count, replacement=True, generator=generator) - 1
+
+
+def per_class(labels, chosen):
+    return labels[chosen].bincount().tolist()
+
+
+def test_by_hand():
+    labels = torch.tensor([0, 0, 1, 1, -1])
+    assert label_fraction(labels, 1.0).tolist() == labels_per_class(labels, 2).tolist() == [0, 1, 2, 3]
+    assert per_class(labels, label_fraction(labels, 0.5)) == [1, 1]
+
+
+@given(first=st.floats(0.02, 1), second=st.floats(0.02, 1), seed=st.integers(0, 99))
+def test_a_smaller_fraction_lies_inside_a_larger_one(first, second, seed):
+    labels = random_labels()
+    small, large = (label_fraction(labels, fraction, seed=seed) for fraction in sorted((first, second)))
+    assert set(small.tolist()) <= set(large.tolist())
+
+
+def test_counts_are_nested_too_and_the_order_is_one():
+    labels = torch.arange(5).repeat(40)
+    choices = [labels_per_class(labels, count) for count in (1, 2, 5, 20, 40)]
+    for count, chosen in zip((1, 2, 5, 20, 40), choices, strict=True):
+        assert per_class(labels, chosen) == [count] * 5
+        assert torch.equal(chosen, label_fraction(labels, count / 40))
+        assert torch.equal(chosen, chosen.sort().values)
+    for small, large in itertools.pairwise(choices):
+        assert set(small.tolist()) < set(large.tolist())
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.37, 0.999, 1.0])
+def test_each_class_keeps_its_share_rounded_and_at_least_one(fraction):
+    labels = random_labels()
+    found = per_class(labels, label_fraction(labels, fraction))
+    assert found == [max(1, round(fraction * int((labels == label).sum()))) for label in range(5)]
+    assert (labels[label_fraction(labels, fraction)] >= 0).all()
+
+
+def test_a_class_of_one_is_there_at_every_fraction():
+    labels = torch.tensor([0] * 99 + [7])
+    assert 99 in label_fraction(labels, 0.02).tolist()
+
+
+def test_all_labelled_images_at_one():
+    labels = random_labels()
+    assert torch.equal(label_fraction(labels, 1.0, seed=3), (labels >= 0).nonzero().flatten())
+
+
+def test_seeds_differ_and_every_image_is_as_likely():
+    labels = torch.arange(2).repeat(10)
+    times = torch.zeros(20)
+    for seed in range(1000):
+        times[label_fraction(labels, 0.3, seed=seed)] += 1
+    assert (times - 300).abs().max() < 4 * (1000 * 0.3 * 0.7) ** 0.5  # four standard deviations
+
+
+def test_an_image_keeps_its_place_when_others_lose_their_labels():
+    labels = random_labels()
+    before = labels_per_class(labels, 10)
+    fewer = labels.clone()
+    fewer[~torch.isin(torch.arange(len(labels)), before) & (torch.arange(len(labels)) % 3 > 0)] = -1
+    assert torch.equal(labels_per_class(fewer, 10), before)
+    renamed = torch.where(labels >= 0, 4 - labels, labels)
+    assert torch.equal(labels_per_class(renamed, 10), before)
+
+
+def test_torchs_generator_has_no_part_in_it():
+    labels, before = random_labels(), torch.get_rng_state()
+    first = label_fraction(labels, 0.1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(label_fraction(labels, 0.1), first)
+
+
+def test_the_choice_is_the_one_it_was():
+    """A curve that is drawn again after an upgrade has the same points."""
+    assert labels_per_class(torch.arange(2).repeat(8), 2).tolist() == FIRST
+
+
+FIRST = [3, 6, 8, 13]
+
+
+@pytest.mark.parametrize(
+    ("labels", "fraction", "message"),
+    [
+        ([0, 1, 0], 0.0, r"fraction 0.0: pass a share of the labelled images above 0 and at most 1"),
+        ([0, 1, 0], -0.1, "fraction -0.1"),
+        ([0, 1, 0], 1.1, "fraction 1.1"),
+        ([0, 1, 0], 10, "fraction 10"),
+        ([0, 1, 0], float("nan"), "fraction nan"),
+        ([-1, -1], 0.5, "none of 2 images has a label"),
+        (
+            [0] * 50 + [1] * 50,
+            0.01,
+            r"0.01 of 100 labelled images is less than one for each of 2 .*0.02, or labels_per",
+        ),
+        ([[0, 1]], 0.5, r"int64 of shape \(1, 2\)"),
+        ([0.0, 1.0], 0.5, "float32"),
+    ],
+)
+def test_fractions_that_cannot_be_had(labels, fraction, message):
+    with pytest.raises(ValueError, match=message):
+        label_fraction(torch.tensor(labels), fraction)
+
+
+@pytest.mark.parametrize(("classes", "labelled"), [(2, 100), (29, 100), (7, 1000), (3, 7), (11, 12)])
+def test_the_fraction_that_an_error_names_can_be_had(classes, labelled):
+    labels = torch.arange(labelled) % classes
+    with pytest.raises(ValueError, match="pass at least") as error:
+        label_fraction(labels, 0.9 * classes / labelled)
+    named = float(str(error.value).split("pass at least ")[1].split(",")[0])
+    assert len(label_fraction(labels, named).unique()) >= classes
+
+
+@pytest.mark.parametrize("count", [0, -1, 4])
+def test_counts_that_cannot_be_had(count):
+    with pytest.raises(ValueError, match=f"{count} labels a class, the rarest of 2 classes has 3: pass 1 to 3"):
+        labels_per_class(torch.tensor([0, 0, 0, 1, 1, 1, 1, -1]), count)
+
+
+def dataset(bad=()):
+    pixels = torch.arange(12, dtype=torch.uint8)[:, None, None].expand(12, 4, 4).numpy()
+    source = [b"no image" if i in bad else image for i, image in enumerate(pixels)]
+    return ImageDataset(source, size=4, labels=[0, 1, -1] * 4, class_names=["cat", "dog"])
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_only_the_chosen_labels_are_left(cache):
+    whole = dataset(bad=(3,)).cached() if cache else dataset(bad=(3,))
+    chosen = torch.tensor([3, 4, 10])
+    few = only_labelled(whole, chosen)
+    assert few.labels.tolist() == [-1, -1, -1, 0, 1, -1, -1, -1, -1, -1, 1, -1]
+    assert whole.labels.tolist() == [0, 1, -1] * 4, "the labels of the other are its own"
+    assert few.class_names == ("cat", "dog")
+    for i in range(12):
+        one, other = whole[i], few[i]
+        assert torch.equal(one.image, other.image)
+        assert (one.index, one.fault) == (other.index, other.fault)
+        assert other.label == (one.label if one.index in chosen else -1)
+    assert few[3].index == 4
+    assert few.source is whole.source
+    if cache:
+        assert few.pixels.data_ptr() == whole.pixels.data_ptr()
+        assert few.faults == whole.faults
+        assert torch.equal(few.stand_ins(torch.arange(12)), whole.stand_ins(torch.arange(12)))
+
+
+def test_a_fraction_of_a_data_set():
+    whole = dataset().cached()
+    assert torch.equal(only_labelled(whole, label_fraction(whole.labels, 1.0)).labels, whole.labels)
+    half = only_labelled(whole, label_fraction(whole.labels, 0.5))
+    assert half.labels[half.labels >= 0].bincount().tolist() == [2, 2]
+    assert only_labelled(whole, torch.tensor([], dtype=torch.int64)).labels.max() == -1
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([0, 12], "run from 0 to 12 for 12 images: pass 0 to 11"),
+        ([-1], "run from -1"),
+        ([0, 2, 5], "2 of the indices have no label, the first is 2"),
+    ],
+)
+def test_labels_that_are_not_there_cannot_be_kept(indices, message):
+    with pytest.raises(ValueError, match=message):
+        only_labelled(dataset(), torch.tensor(indices))
