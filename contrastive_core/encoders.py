@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 
@@ -14,19 +16,28 @@ class TorchvisionTrunk(nn.Module):
     Args:
         name: of `torchvision.models`, e.g. "resnet18".
         node: the node whose output is the feature map; "layer4" is a ResNet's last stack.
+        small_stem: a 3x3 stride 1 first convolution and no max-pool, for images of about 32 px (SimCLR appendix B.9,
+            SimSiam appendix D); only where the model has `conv1` and `maxpool`, as torchvision's ResNets have.
+
+    Further arguments go to the model, e.g. `zero_init_residual=True`.
+
+    Raises ValueError for `small_stem` with a model of another build.
 
     Example: `TorchvisionTrunk("resnet18").dim == 512`.
     """
 
     dim: int
 
-    def __init__(self, name: str, node: str = "layer4", **arguments: Any) -> None:
+    def __init__(self, name: str, node: str = "layer4", small_stem: bool = False, **arguments: Any) -> None:
         super().__init__()
         from torchvision.models import get_model
         from torchvision.models.feature_extraction import create_feature_extractor
 
-        self.trunk = create_feature_extractor(get_model(name, weights=None, **arguments), {node: "map"})
-        with torch.no_grad():
+        model = get_model(name, weights=None, **arguments)
+        if small_stem:
+            _shrink_stem_(model)
+        self.trunk = create_feature_extractor(model, {node: "map"})
+        with torch.no_grad():  # in eval mode: BatchNorm's statistics stay as they are
             self.dim = self.eval().feature_map(torch.zeros(1, 3, 64, 64)).shape[1]
         self.train()
 
@@ -38,6 +49,18 @@ class TorchvisionTrunk(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """`b 3 h w` -> `b d`, the spatial mean of the feature map."""
         return self.feature_map(images).mean((2, 3))
+
+
+def _shrink_stem_(model: nn.Module) -> None:
+    first = getattr(model, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not hasattr(model, "maxpool"):
+        raise ValueError(
+            f"small_stem=True: {type(model).__name__} has no convolution conv1 and maxpool: pass a ResNet's name, "
+            f"or small_stem=False"
+        )
+    model.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's ResNets
+    model.maxpool = nn.Identity()
 
 
 class TimmTrunk(nn.Module):
@@ -72,5 +95,113 @@ class TimmTrunk(nn.Module):
         return features
 
 
-ENCODERS = ("TorchvisionTrunk", "TimmTrunk")
+_VIT_SIZES = {"small": (384, 12, 12), "base": (768, 12, 12)}  # dim, depth, heads
+
+
+class MoCoViT(nn.Module):
+    """MoCo v3's vision transformer (`pip install "cpc-images[vit]"`); its features are the class token.
+
+    Chen, Xie, He 2021, "An Empirical Study of Training Self-Supervised Vision Transformers": fixed 2-D sin-cos
+    positions, and a patch projection frozen at its random initialisation (section 4.2, for stable training). Its ViT-S
+    has 12 heads, not the usual 6. Weights start uniform after Xavier, with queries, keys and values as three matrices
+    and the patch projection as one of 3 * patch_size^2 inputs, biases at zero [the published code].
+
+    Args:
+        size: "small" (dim 384) or "base" (768), both of 12 blocks with 12 heads.
+        image_size: pixels a side of the square images, a multiple of patch_size.
+        patch_size: pixels a side of what becomes one token.
+        dim, depth, heads: where they differ from those of `size`; dim is a multiple of 4 and of heads.
+
+    The positions are a buffer, so that no optimizer, weight decay or fine-tuning reaches them.
+
+    Raises ImportError without timm, ValueError for numbers that don't fit each other.
+
+    Example: `MoCoViT().dim == 384`; an image of 224 px becomes 14 x 14 tokens and the class token.
+    """
+
+    def __init__(
+        self,
+        size: str = "small",
+        *,
+        image_size: int = 224,
+        patch_size: int = 16,
+        dim: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        if size not in _VIT_SIZES:
+            raise ValueError(f'size={size!r}: pass "small" or "base"')
+        numbers = zip((dim, depth, heads), _VIT_SIZES[size], strict=True)
+        self.dim, depth, heads = (usual if own is None else own for own, usual in numbers)
+        self.image_size, self.patch_size = image_size, patch_size
+        if image_size % patch_size:
+            raise ValueError(f"image_size={image_size}, patch_size={patch_size}: pass a patch_size that divides it")
+        if self.dim % 4 or self.dim % heads:
+            raise ValueError(f"dim={self.dim}, heads={heads}: pass a dim that 4 (for the positions) and heads divide")
+        try:
+            from timm.models.vision_transformer import VisionTransformer
+        except ImportError:
+            raise ImportError('timm is not installed: pip install "cpc-images[vit]"') from None
+        self.trunk: Any = VisionTransformer(
+            img_size=image_size,
+            patch_size=patch_size,
+            embed_dim=self.dim,
+            depth=depth,
+            num_heads=heads,
+            num_classes=0,
+            weight_init="moco",
+        )
+        self._freeze_patches_and_positions()
+
+    def _freeze_patches_and_positions(self) -> None:
+        projection, side = self.trunk.patch_embed.proj, self.image_size // self.patch_size
+        bound = math.sqrt(6 / (3 * self.patch_size**2 + self.dim))
+        nn.init.uniform_(projection.weight, -bound, bound)
+        nn.init.zeros_(projection.bias)
+        projection.requires_grad_(False)
+        positions = sincos_positions(side, side, self.dim)
+        del self.trunk.pos_embed
+        self.trunk.register_buffer("pos_embed", torch.cat((positions.new_zeros(1, self.dim), positions))[None])
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """`b 3 h w` -> `b tokens d`, the class token first, after the last LayerNorm."""
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images of {images.shape[-2]} x {images.shape[-1]} px: this ViT was built for {self.image_size} x "
+                f"{self.image_size}, pass those or another image_size"
+            )
+        tokens: Tensor = self.trunk.forward_features(images)
+        return tokens
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """`b 3 h w` -> `b d rows cols`, the patch tokens; `forward` is not their mean."""
+        rows = self.image_size // self.patch_size
+        return rearrange(self._tokens(images)[:, 1:], "b (rows cols) d -> b d rows cols", rows=rows)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`b 3 h w` -> `b d`, the class token. Raises ValueError for images of another size than `image_size`."""
+        return self._tokens(images)[:, 0]
+
+
+def sincos_positions(rows: int, cols: int, dim: int) -> Tensor:
+    """Fixed positions of a grid's cells, row by row: `(rows cols) d`.
+
+    With w_i = 10000^(-i / (d/4)), i = 0 .. d/4 - 1, cell (r, c) has [sin(r w), cos(r w), sin(c w), cos(c w)]
+    (Vaswani et al. 2017, once an axis; the order of MoCo v3's published code on its square grids).
+
+    Example: `sincos_positions(1, 1, 4)` is [[0, 1, 0, 1]].
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    down, right = (torch.arange(count)[:, None] * frequencies for count in (rows, cols))
+    return torch.cat(
+        (
+            repeat(torch.cat((down.sin(), down.cos()), 1), "rows d -> (rows cols) d", cols=cols),
+            repeat(torch.cat((right.sin(), right.cos()), 1), "cols d -> (rows cols) d", rows=rows),
+        ),
+        dim=1,
+    )
+
+
+ENCODERS = ("TorchvisionTrunk", "TimmTrunk", "MoCoViT")
 """What an `encoder.json` may name."""
