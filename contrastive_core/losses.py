@@ -185,10 +185,54 @@ def _as_function(mask: Tensor | Mask | None) -> Mask | None:
     return (lambda rows, cols: mask[rows, cols]) if isinstance(mask, Tensor) else mask
 
 
+def cosine_info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    positive: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    mask: Tensor | Mask | None = None,
+    decoupled: bool = False,
+    reduction: Reduction = "mean",
+    gather: Gather = None,
+) -> Tensor:
+    """`info_nce` by cosine: NT-Xent where queries and keys are different things, CPC's predictions and targets.
+
+    L_i = -log( exp(cos(q_i, k_p(i)) / T) / sum_j exp(cos(q_i, k_j) / T) )   (Chen et al. 2020, equation 1)
+
+    Differs from the paper: a prediction is not among the targets, so no key is left out as the query itself.
+
+    Args:
+        queries: `n d`. keys: `m d`. positive: `n` int64, index into `keys`. Normalised here, a zero row stays zero.
+        temperature: T > 0, 0.1 in the paper; a tensor may be learned.
+        mask, decoupled, reduction, gather: as in `info_nce`.
+
+    Raises:
+        ValueError: as `info_nce` does.
+
+    Example: keys of one direction give log m, whatever their lengths:
+    `cosine_info_nce(torch.ones(2, 4), torch.arange(1.0, 9)[:, None].expand(8, 4), torch.tensor([0, 5]))` is
+    2.0794 = log 8.
+    """
+    problem = pairs_problem(queries, keys, positive) or options_problem(temperature, reduction)
+    agreed_shares(problem, gather, queries, keys, reduction=reduction)  # or a wrong shape would raise on one process
+    return info_nce(
+        normalize(queries),
+        normalize(keys),
+        positive,
+        temperature=temperature,
+        mask=mask,
+        decoupled=decoupled,
+        reduction=reduction,
+        gather=gather,
+    )
+
+
 def nt_xent(
     z1: Tensor,
     z2: Tensor,
     *,
+    shared_keys: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     decoupled: bool = False,
     reduction: Reduction = "mean",
@@ -203,6 +247,8 @@ def nt_xent(
 
     Args:
         z1, z2: `n d`, the views' projections; normalised here, a zero vector stays zero.
+        shared_keys: `k d`, further negatives of every anchor, the same on every process and never gathered
+            (SimCLRv2's memory); normalised here too.
         temperature: T > 0, 0.1 for ImageNet, 0.5 for CIFAR-10 in the paper; a tensor may be learned.
         decoupled: leave the positive out of the sum (DCL; Yeh et al. 2022, equation 6).
         reduction: "mean", "sum" or "none" (`2n`, the first views' losses first).
@@ -214,15 +260,19 @@ def nt_xent(
     Example: identical projections give log(2n - 1): `nt_xent(torch.ones(4, 8), torch.ones(4, 8))` is 1.9459 = log 7.
     """
     problem = views_problem(z1, z2) or options_problem(temperature, reduction)
+    problem = problem or shared_keys_problem(shared_keys, z1.shape[1])
     images = agreed_shares(problem, gather, z1, z2, reduction=reduction)
     shares = [(2 * rows, 2 * rows) for rows, _ in images]
-    check_negatives(decoupled, sum(rows for rows, _ in shares) - 2)
+    check_negatives(decoupled, sum(rows for rows, _ in shares) - 2 + (0 if shared_keys is None else len(shared_keys)))
     scale = _scale(reduction, shares)
-    precision = full_precision_of(z1, z2)
+    precision = full_precision_of(z1, z2, shared_keys)
     z1, z2, temperature = z1.to(precision), z2.to(precision), _exact(temperature, precision)
     largest = _largest_score(temperature)
-    if len(shares) > 1 or largest > SAFE_SCORE[precision] or supported(z1, z2, Pairs()):
-        losses = _nt_xent_by_rows(normalize(side_by_side(z1, z2)), temperature, decoupled, shares, scale, gather)
+    shared = None if shared_keys is None else normalize(shared_keys.to(precision))
+    by_rows = len(shares) > 1 or largest > SAFE_SCORE[precision] or supported(z1, z2, Pairs())
+    if by_rows or shared is not None:
+        views = normalize(side_by_side(z1, z2))
+        losses = _nt_xent_by_rows(views, shared, temperature, decoupled, shares, scale, gather)
     elif isinstance(temperature, Tensor):
         views = normalize(side_by_side(z1, z2)) * temperature**-0.5
         losses = swept(partial(symmetric_sweep, decoupled=decoupled), views, scale=scale)
@@ -233,19 +283,63 @@ def nt_xent(
 
 
 def _nt_xent_by_rows(
-    views: Tensor, temperature: float | Tensor, decoupled: bool, shares: Shares, scale: float | None, gather: Gather
+    views: Tensor,
+    shared: Tensor | None,
+    temperature: float | Tensor,
+    decoupled: bool,
+    shares: Shares,
+    scale: float | None,
+    gather: Gather,
 ) -> Tensor:
-    """Queries and keys apart: where other processes' views are keys too, or scores are too large to sum as they are."""
+    """Queries and keys apart: where there are keys that are no queries, or scores are too large to sum as they are."""
     itself = torch.arange(len(views), device=views.device)
     pairs = Pairs(itself.view(-1, 2).flip(1).flatten(), itself, decoupled=decoupled)
     queries = views / temperature
     counts = [rows for rows, _ in shares]
     if gather == "ring" and len(shares) > 1:
-        log_odds = ring_log_odds(queries, views, None, pairs, None, counts)
+        log_odds = ring_log_odds(queries, views, None, pairs, shared, counts)
         return _reduced(log_odds if decoupled else F.softplus(log_odds, threshold=88), scale)
     if len(shares) > 1:
         views, pairs = all_gather(views, counts), pairs.moved(first_row(counts))
+    if shared is not None:
+        views = torch.cat([views, shared])
     return swept(partial(fastest_row_sweep, pairs=pairs), queries, views, None, scale=scale)
+
+
+def two_view_info_nce(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    decoupled: bool = False,
+    reduction: Reduction = "mean",
+    gather: Gather = None,
+) -> Tensor:
+    """InfoNCE by dot product among both views of all images: `nt_xent` of projections that are not normalised.
+
+    l(i, j) = -log( exp(z_i . z_j / T) / sum_{k != i} exp(z_i . z_k / T) ), averaged over the 2n ordered
+    pairs (i, j) of views of one image   (Chen et al. 2020, table 5, the rows without an l2 norm)
+
+    Args:
+        z1, z2: `n d`, the views' projections; their lengths count.
+        temperature: T > 0; the paper's rows have 10 and 100. A tensor may be learned.
+        decoupled, reduction, gather: as in `nt_xent`. Decoupled it has no lower bound: lengths grow without end.
+
+    Raises:
+        ValueError: shapes that differ, an unknown reduction.
+
+    Example: identical projections give log(2n - 1):
+    `two_view_info_nce(torch.ones(4, 8), torch.ones(4, 8))` is 1.9459 = log 7.
+    """
+    problem = views_problem(z1, z2) or options_problem(temperature, reduction)
+    images = agreed_shares(problem, gather, z1, z2, reduction=reduction)
+    shares = [(2 * rows, 2 * rows) for rows, _ in images]
+    check_negatives(decoupled, sum(rows for rows, _ in shares) - 2)
+    scale = _scale(reduction, shares)
+    precision = full_precision_of(z1, z2)
+    views = side_by_side(z1.to(precision), z2.to(precision))
+    losses = _nt_xent_by_rows(views, None, _exact(temperature, precision), decoupled, shares, scale, gather)
+    return losses if scale is not None else losses.view(-1, 2).T.flatten()  # the first views' losses first
 
 
 def _exact(temperature: float | Tensor, precision: torch.dtype) -> float | Tensor:
@@ -456,9 +550,59 @@ class NTXentLoss(nn.Module):
         self.temperature = Temperature(temperature, learn=learn_temperature)
         self.options: dict[str, Any] = {"decoupled": decoupled, "reduction": reduction, "gather": gather}
 
-    def forward(self, z1: Tensor, z2: Tensor, *, gather: Gather = None) -> Tensor:
+    def forward(self, z1: Tensor, z2: Tensor, *, shared_keys: Tensor | None = None, gather: Gather = None) -> Tensor:
         options = self.options | ({} if gather is None else {"gather": gather})
-        return nt_xent(z1, z2, temperature=self.temperature(), **options)
+        return nt_xent(z1, z2, shared_keys=shared_keys, temperature=self.temperature(), **options)
+
+
+class SigmoidLoss(nn.Module):
+    """`siglip` as a module that learns its temperature and bias, of queries and keys or of two views.
+
+    L = -1/n sum_ij log sigmoid( y_ij (q_i . k_j / T + b) ),  y = 1 for a query's positive, else -1
+    (Zhai et al. 2023, algorithm 1; their t' is -log T)
+
+    Args:
+        temperature: T > 0, the first value if `learn`; with `learn` at least 0.01.
+        bias: b, the first value if `learn`. The paper's, -10, answers "no match" to all pairs of unit vectors.
+        learn: learn log T and b, two scalars in the state_dict. Differs from the paper: T is bounded below by 0.01
+            (`Temperature`). Give the optimizer both without weight decay.
+        normalised: compare by cosine as the paper does; False = by dot product.
+        reduction, gather: as in `siglip`; a call's own `gather` goes before the module's.
+
+    Called with `queries: n d, keys: m d, positive: n`, or with two views `n d` each: `positive=None` says that row i
+    belongs to row i. Two views are compared with each other, not among themselves, as the paper's images and texts.
+
+    Example: scores of 0 and no bias give m log 2: `SigmoidLoss(bias=0.0)(torch.zeros(2, 4), torch.ones(8, 4),
+    torch.tensor([0, 5]))` is 5.5452 = 8 log 2.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        bias: float = -10.0,
+        *,
+        learn: bool = True,
+        normalised: bool = True,
+        reduction: Reduction = "mean",
+        gather: Gather = None,
+    ) -> None:
+        super().__init__()
+        self.temperature = Temperature(temperature, learn=learn)
+        self.bias = nn.Parameter(torch.tensor(float(bias))) if learn else bias
+        self.normalised, self.reduction, self.gather = normalised, reduction, gather
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, positive: Tensor | None = None, *, gather: Gather = None
+    ) -> Tensor:
+        gather = self.gather if gather is None else gather
+        problem = views_problem(queries, keys) if positive is None else pairs_problem(queries, keys, positive)
+        agreed_shares(problem, gather, queries, keys, reduction=self.reduction, ring=False)
+        if positive is None:
+            positive = torch.arange(len(queries), device=queries.device)
+        if self.normalised:
+            queries, keys = normalize(queries), normalize(keys)
+        options: dict[str, Any] = {"reduction": self.reduction, "gather": gather}
+        return siglip(queries, keys, positive, temperature=self.temperature(), bias=self.bias, **options)
 
 
 class Temperature(nn.Module):

@@ -60,9 +60,9 @@ class RunLog:
             if name != "step":
                 self._tensorboard.add_scalar(name, value, int(row["step"]))
         if "loss" in row:
+            chance = f" (chance {row['chance_loss']:.3f})" if "chance_loss" in row else ""
             self._bar.set_postfix_str(
-                f"loss {row['loss']:.3f} (chance {row.get('chance_loss', float('nan')):.3f}), "
-                f"{row.get('images_per_second', float('nan')):.0f} images/s"
+                f"loss {row['loss']:.3f}{chance}, {row.get('images_per_second', float('nan')):.0f} images/s"
             )
 
     def say(self, text: str) -> None:

@@ -8,7 +8,6 @@ L = -log softmax_over_all_cells_of_all_images(prediction . target / T)[the cell 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from contrastive_core.gather import all_gather, first_row, mean_weight, row_counts
 from contrastive_core.losses import info_nce
 from contrastive_core.method import Batch, Method
-from contrastive_core.metrics import contrast_accuracy, feature_std
+from contrastive_core.metrics import contrast_accuracy, feature_std, spread_metrics
 from cpc.context import DIRECTIONS, ContextNetwork, turn
 from cpc.prediction import PredictionHeads, check_offsets, positive_cells
 
@@ -99,7 +98,13 @@ class CPC(Method):
                 losses.append(self.loss(predictions, targets, positive, gather=False))
                 metrics[f"accuracy/{direction}_{offset}"] = contrast_accuracy(predictions, targets, positive)
         metrics["accuracy"] = torch.stack(list(metrics.values())).mean()
-        metrics["chance_loss"] = torch.tensor(math.log(len(targets)))
+        metrics["chance_loss"] = self._chance_loss(predictions, targets, positive)
+        metrics |= spread_metrics(local)
         metrics["feature_std"] = feature_std(representations["mean"])
         metrics["negatives"], metrics["ranks"] = torch.tensor(len(targets) - 1.0), torch.tensor(float(len(counts)))
         return torch.stack(losses).mean() * mean_weight(counts), metrics
+
+    @torch.no_grad()
+    def _chance_loss(self, predictions: Tensor, targets: Tensor, positive: Tensor) -> Tensor:
+        """The loss where every score is 0: log(candidates), or what it is for another loss."""
+        return self.loss(torch.zeros_like(predictions), torch.zeros_like(targets), positive, gather=False)

@@ -145,7 +145,8 @@ def test_directions_and_offsets_have_their_own_weights():
 def test_metrics_name_every_direction_and_offset():
     _, metrics = method(offsets=(1, 2))(batch_of(torch.randn(2, 3, 3, 6, dtype=torch.float64)))
     named = {f"accuracy/{direction}_{offset}" for direction in DIRECTIONS for offset in (1, 2)}
-    assert named | {"accuracy", "chance_loss", "feature_std", "negatives", "ranks"} == set(metrics)
+    watched = {"accuracy", "chance_loss", "feature_std", "spread", "effective_rank", "negatives", "ranks"}
+    assert named | watched == set(metrics)
     assert (metrics["negatives"], metrics["ranks"]) == (2 * 3 * 3 - 1, 1)
     assert not any(value.requires_grad for value in metrics.values())
 

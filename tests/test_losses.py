@@ -18,8 +18,10 @@ from contrastive_core import losses, sweep
 from contrastive_core.losses import (
     InfoNCELoss,
     NTXentLoss,
+    SigmoidLoss,
     Temperature,
     alignment,
+    cosine_info_nce,
     distillation,
     exponential_contrastive,
     info_nce,
@@ -30,6 +32,7 @@ from contrastive_core.losses import (
     siglip,
     sup_con,
     symmetric_info_nce,
+    two_view_info_nce,
     uniformity,
 )
 
@@ -448,6 +451,17 @@ def test_second_derivatives_of_cosine_losses_are_refused_too(loss):
 EXAMPLES = [  # (where it is written, the expression, its value)
     (info_nce, "info_nce(torch.ones(2, 4), torch.ones(8, 4), torch.tensor([0, 5]))", math.log(8)),
     (nt_xent, "nt_xent(torch.ones(4, 8), torch.ones(4, 8))", math.log(7)),
+    (
+        cosine_info_nce,
+        "cosine_info_nce(torch.ones(2, 4), torch.arange(1.0, 9)[:, None].expand(8, 4), torch.tensor([0, 5]))",
+        math.log(8),
+    ),
+    (two_view_info_nce, "two_view_info_nce(torch.ones(4, 8), torch.ones(4, 8))", math.log(7)),
+    (
+        SigmoidLoss,
+        "SigmoidLoss(bias=0.0)(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([0, 5]))",
+        8 * math.log(2),
+    ),
     (sup_con, "sup_con(torch.ones(4, 8), torch.zeros(4, dtype=torch.long))", math.log(3)),
     (symmetric_info_nce, "symmetric_info_nce(torch.ones(4, 8), torch.ones(4, 8))", math.log(4)),
     (siglip, "siglip(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([0, 5]), bias=0.0)", 8 * math.log(2)),
@@ -864,3 +878,23 @@ def test_a_learned_temperature_is_saved_with_the_module():
     restored = InfoNCELoss(0.7, learn_temperature=True)
     restored.load_state_dict(module.state_dict())
     assert restored.temperature().item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_nt_xent_with_a_memory_is_info_nce_with_shared_keys(decoupled: bool) -> None:
+    """SimCLRv2's negatives, against the general loss: an anchor is left out of its own candidates, a memory is not."""
+    generator = torch.Generator().manual_seed(0)
+    z1, z2, memory = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (6, 6, 9))
+    z1.requires_grad_()
+    got = nt_xent(z1, z2, shared_keys=memory, temperature=0.3, decoupled=decoupled)
+    (gradient,) = torch.autograd.grad(got, z1)
+    views = normalize(torch.cat([z1, z2]))
+    expected = info_nce(views, views, torch.arange(12).roll(6), shared_keys=normalize(memory), temperature=0.3,
+                        mask=~torch.eye(12, dtype=torch.bool), decoupled=decoupled)  # fmt: skip
+    (expected_gradient,) = torch.autograd.grad(expected, z1)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    same = torch.ones(4, 8)
+    torch.testing.assert_close(nt_xent(same, same, shared_keys=torch.ones(9, 8)), torch.tensor(math.log(7 + 9)))
+    with pytest.raises(ValueError, match="shared_keys have shape"):
+        nt_xent(z1, z2, shared_keys=torch.ones(9, 4))
