@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,23 @@ def load_checkpoint_(checkpoint: Path, modules: dict[str, nn.Module], optimizer:
     return state
 
 
-def export_encoder(folder: Path, encoder: nn.Module, card: dict[str, Any]) -> Path:
+def export_encoder(
+    folder: Path, encoder: nn.Module, card: dict[str, Any], beside: Mapping[str, nn.Module] | None = None
+) -> Path:
     """Write `encoder.safetensors` and, beside it, `encoder.json`: what it takes to build the encoder and feed it.
 
-    Both are renamed into place, so that a reader never sees half a file. Returns the path of the weights.
+    Args:
+        folder: the run's.
+        encoder, card: the module, and whatever describes it in JSON.
+        beside: modules that belong to it, by name: "head" is written to `head.safetensors`.
+
+    All are renamed into place, the card last, so that a reader never sees half a file. Returns the path of the weights.
     """
-    weights = folder / "encoder.safetensors"
-    save_tensors(encoder.state_dict(), weights.with_suffix(".partial"))
+    for name, module in {**(beside or {}), "encoder": encoder}.items():
+        partial = folder / f"{name}.partial"
+        save_tensors(module.state_dict(), partial)
+        partial.rename(folder / f"{name}.safetensors")
     described = folder / "encoder.json.partial"
     described.write_text(json.dumps(card, indent=1) + "\n")
-    weights.with_suffix(".partial").rename(weights)
     described.rename(folder / "encoder.json")
-    return weights
+    return folder / "encoder.safetensors"

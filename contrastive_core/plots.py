@@ -22,7 +22,7 @@ Rows = Sequence[Mapping[str, Any]]
 StrPath = str | os.PathLike[str]
 
 
-def _figure(rows: int, cols: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
+def new_figure(rows: int, cols: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
     """A figure that belongs to no window system and no global state, and its axes, `rows cols`."""
     from matplotlib.figure import Figure
 
@@ -43,7 +43,8 @@ def save_figure(figure: Figure, path: StrPath) -> None:
     picture.quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
 
 
-def _tidy(axes: Axes, xlabel: str, ylabel: str) -> None:
+def tidy_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Name the axes, and leave of their frame and grid what helps to read off a value."""
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
@@ -65,7 +66,7 @@ def plot_loss(metrics_rows: Rows, path: StrPath) -> None:
     if not len(loss):
         raise ValueError(f"none of the {len(metrics_rows)} rows has a finite `loss`: pass the lines of metrics.jsonl")
     panels = 2 if len(knn) else 1
-    figure, grid = _figure(1, panels, (4.6 * panels + 0.6, 3.4))
+    figure, grid = new_figure(1, panels, (4.6 * panels + 0.6, 3.4))
     axes = grid[0, 0]
     many = len(loss) > 100
     axes.plot(
@@ -75,7 +76,7 @@ def plot_loss(metrics_rows: Rows, path: StrPath) -> None:
         axes.plot(*_running_mean(loss, len(loss) // 50).T, color=BLUE, linewidth=1.8, label="loss")
     if len(chance):
         axes.plot(*chance.T, color=MUTED, linestyle="--", linewidth=1.4, label="chance")
-    _tidy(axes, "optimizer step", "contrastive loss (nats)")
+    tidy_axes(axes, "optimizer step", "contrastive loss (nats)")
     axes.legend(frameon=False, labelcolor=INK)
     if len(knn):
         probe = grid[0, 1]
@@ -89,7 +90,7 @@ def plot_loss(metrics_rows: Rows, path: StrPath) -> None:
             color=RUST,
         )
         probe.margins(y=0.15)
-        _tidy(probe, "optimizer step", "kNN among training images (%)")
+        tidy_axes(probe, "optimizer step", "kNN among training images (%)")
     save_figure(figure, path)
 
 
@@ -125,7 +126,7 @@ def plot_confusion(
     counts = torch.bincount(labels * classes + predictions, minlength=classes**2).view(classes, classes).double()
     share = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     side = min(9.0, 2.2 + 0.38 * classes)
-    figure, grid = _figure(1, 1, (side + 0.4, side))
+    figure, grid = new_figure(1, 1, (side + 0.4, side))
     axes = grid[0, 0]
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     few = classes <= 20
@@ -169,7 +170,7 @@ def plot_retrieval(
         )
     framed = query_labels is not None and neighbour_labels is not None
     n, k = neighbours.shape[:2]
-    figure, grid = _figure(
+    figure, grid = new_figure(
         n, k + 1, (0.72 * (k + 1) + 1.2, 0.72 * n + 0.4), gridspec_kw={"wspace": 0.06, "hspace": 0.06}
     )
     for row in range(n):

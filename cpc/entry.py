@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from contrastive_core.data import TooManyBadImages, UndecodableImage
+from contrastive_core.optim import linear_scaling, square_root_scaling
 from cpc.configs import config_folder
 from cpc.prediction import first_disjoint_offset
 
@@ -36,6 +37,26 @@ _USER_ERRORS = (
 )
 
 
+def epochs(count: float, batch_size: int, images: int) -> int:
+    """Optimizer steps of `count` epochs over so many images, as `contrastive_core.data` counts them.
+
+    An epoch has images // batch_size steps, here at least 1: what is wrong with a batch that is larger than the data
+    set, or empty, is said where it is read.
+
+    Example: `epochs(100, 4096, 1281167) == 31200`.
+    """
+    return round(count * max(1, images // max(1, batch_size)))
+
+
+# what a YAML may compute: lr: ${linear_scaling:0.3,${batch_size}}, steps: ${epochs:100,${batch_size},1281167}
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    "ceil_divide": first_disjoint_offset,
+    "epochs": epochs,
+    "linear_scaling": linear_scaling,
+    "square_root_scaling": square_root_scaling,
+}
+
+
 def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type) -> Callable[[], None]:
     """A `main()` that composes configs/`config_name`.yaml with the command line and hands it to `job`.
 
@@ -47,7 +68,8 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
 
     A mistake of the user ends in one line on stderr and exit code 2.
     """
-    OmegaConf.register_new_resolver("ceil_divide", first_disjoint_offset, replace=True)
+    for name, resolver in RESOLVERS.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
     ConfigStore.instance().store(f"{config_name.split('_')[0]}_schema", schema)
 
     def run(cfg: DictConfig) -> None:
@@ -85,9 +107,11 @@ def build(node: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def run_name() -> str:
-    """What a run is called on the command line: its experiment, else its data."""
+    """What a run is called on the command line: its experiment, else its method (unless that is CPC) and its data."""
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    return str(choices.get("experiment") or choices.get("data") or "run")
+    method = choices.get("method")
+    parts = [choices.get("experiment")] if choices.get("experiment") else [method, choices.get("data")]
+    return "-".join(str(part) for part in parts if part and part != "cpc") or "run"
 
 
 def check_complete(cfg: DictConfig) -> None:

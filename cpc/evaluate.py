@@ -20,7 +20,7 @@ from contrastive_core.evaluate.linear import paper_linear_probe
 from contrastive_core.evaluate.report import LabelledFeatures, probe_rows
 from contrastive_core.plots import format_table
 from cpc.entry import build, check_complete, command, start_accelerator
-from cpc.features import MODES, FrozenEncoder, load_encoder, untrained_encoder
+from cpc.features import MODES, FrozenEncoder, load_encoder, read_card, untrained_encoder
 
 
 @dataclass
@@ -160,12 +160,16 @@ def evaluate(cfg: DictConfig) -> Path:
     ]
     print(format_table([{key: value for key, value in row.items() if key != "draws"} for row in rows]))
     written = Path(cfg.run) / "evaluation.json"
+    collapsed = read_card(cfg.run)[1].get("collapsed", "")
+    if collapsed:
+        print(f"this run has {collapsed}")
     record = {
         "run": str(cfg.run),
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - began, 1),
         "train_images": len(splits.train),
         "test_images": len(splits.test or ()),
+        **({"collapsed": collapsed} if collapsed else {}),
         "rows": rows,
     }
     written.write_text(json.dumps(record, indent=1) + "\n")

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as vision
 
 import contrastive_core.encoders
+import contrastive_core.simclr_resnet
 import cpc.encoders
+from contrastive_core.heads import ProjectionHead
+from contrastive_core.methods.classifier import Classifier
 from cpc.patches import extract_patches, grid_side
 from cpc.views import normalise
 
@@ -109,7 +112,7 @@ _FIRST_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "che
 
 def constructors() -> dict[str, Callable[..., nn.Module]]:
     """The encoders that an `encoder.json` may name: no other code is ever called on a file's say-so."""
-    modules = (cpc.encoders, contrastive_core.encoders)
+    modules = (cpc.encoders, contrastive_core.encoders, contrastive_core.simclr_resnet)
     return {f"{module.__name__}.{name}": getattr(module, name) for module in modules for name in module.ENCODERS}
 
 
@@ -145,15 +148,19 @@ def load_encoder(
         encoder = cpc.load_encoder("runs/mnist5k-...")
         features = encoder(images)
     """
+    encoder, card = read_encoder(path, encoder)
+    return _frozen(encoder, card, readout, mode)
+
+
+def read_encoder(path: str | Path, encoder: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The bare encoder of a run with its weights, as trainable as it was built, and its card; `load_encoder`'s errors.
+
+    It takes normalised images or patches; `FrozenEncoder(encoder, **card["input"])` feeds it.
+    """
     weights, card = read_card(path)
     encoder = build_encoder(card["architecture"]) if encoder is None else encoder
-    try:
-        encoder.load_state_dict(load_file(weights))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"the weights in {weights} are not those of the encoder that its card describes: {error}"
-        ) from None
-    return _frozen(encoder, card, readout, mode)
+    _load_weights_(encoder, weights, "encoder")
+    return encoder, card
 
 
 def untrained_encoder(
@@ -186,6 +193,123 @@ def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
     return weights, parsed
 
 
+def _load_weights_(module: nn.Module, weights: Path, kind: str) -> None:
+    if not weights.is_file():
+        raise FileNotFoundError(f"no {weights.name} in {weights.parent}, though its card tells of one: copy it too")
+    try:
+        module.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights in {weights} are not those of the {kind} that its card describes: {error}"
+        ) from None
+
+
 def _frozen(encoder: nn.Module, card: dict[str, Any], readout: str, mode: str | None) -> FrozenEncoder:
     channels_last = encoder.to(memory_format=torch.channels_last)
     return FrozenEncoder(channels_last, **card["input"], mode=mode, readout=readout).eval().requires_grad_(False)
+
+
+# ---- what stands beside an encoder: the head that pre-training had, the classifier that fine-tuning left ----
+
+
+def parts_of(method: nn.Module) -> dict[str, nn.Module]:
+    """What a run keeps beside its encoder, by the name of its file; perhaps nothing.
+
+    "head" is a `ProjectionHead`; "classifier" what a `Classifier` has above its encoder, of `Distill` the student's.
+    """
+    learner = getattr(method, "student", method)
+    if isinstance(learner, Classifier):
+        return {"classifier": nn.ModuleDict({"head": learner.head, "classifier": learner.classifier})}
+    head = getattr(learner, "head", None)
+    return {"head": head} if isinstance(head, ProjectionHead) else {}
+
+
+def parts_card(method: nn.Module, class_names: Sequence[str]) -> dict[str, Any]:
+    """What `encoder.json` says of `parts_of(method)`; a classifier that keeps layers of a head: `classifier_card`."""
+    parts = parts_of(method)
+    if "classifier" in parts:
+        return classifier_card(class_names) if isinstance(parts["classifier"].head, nn.Identity) else {}
+    return {name: head.arguments for name, head in parts.items()}
+
+
+def classifier_card(
+    class_names: Sequence[str], head: dict[str, Any] | None = None, head_layer: int = 0
+) -> dict[str, Any]:
+    """What `encoder.json` says of a classifier on the first `head_layer` layers of a head with these arguments."""
+    return {"classifier": {"class_names": list(class_names), "head": head, "head_layer": head_layer}}
+
+
+def load_head(path: str | Path) -> ProjectionHead:
+    """Read the projection head of a run's pre-training back, features `b d` -> projections `b out`, in train mode.
+
+    Args: `path`: as `load_encoder`'s.
+
+    Raises FileNotFoundError where a file is missing, ValueError where the run has no head or its card is another's.
+    """
+    weights, card = read_card(path)
+    if not card.get("head"):
+        raise ValueError(
+            f"the run in {weights.parent} has no projection head ({card.get('method')}): pass head_layer=0"
+        )
+    head = _build_head(card["head"])
+    _load_weights_(head, weights.with_name("head.safetensors"), "head")
+    return head
+
+
+def read_classifier(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
+    """The bare classifier of a fine-tuned or distilled run, as trainable as it was built, and the run's card.
+
+    Raises ValueError for a run that has none, else as `load_encoder`.
+    """
+    weights, card = read_card(path)
+    described = card.get("classifier")
+    if not described:
+        raise ValueError(
+            f"the run in {weights.parent} has no classifier ({card.get('method')}): pass a fine-tuned one's folder"
+        )
+    encoder, card = read_encoder(path)
+    kept = _build_head(described["head"]).upto(described["head_layer"]) if described["head"] else None
+    classifier = Classifier(encoder, classes=len(described["class_names"]), head=kept)
+    _load_weights_(parts_of(classifier)["classifier"], weights.with_name("classifier.safetensors"), "classifier")
+    return classifier, card
+
+
+def load_classifier(path: str | Path) -> FrozenClassifier:
+    """Read a fine-tuned or distilled run back, ready for use: images `b 3 h w` in [0, 1] -> logits `b classes`.
+
+    Args: `path`: as `load_encoder`'s. Raises as `read_classifier`.
+
+    Example:
+        classes = load_classifier("runs/finetuned")(images).argmax(1)
+    """
+    classifier, card = read_classifier(path)
+    classifier.to(memory_format=torch.channels_last)
+    frozen = FrozenClassifier(classifier, card["input"], card["classifier"]["class_names"])
+    return frozen.eval().requires_grad_(False)
+
+
+class FrozenClassifier(nn.Module):
+    """Logits of images `b 3 h w` in [0, 1]; another size is resized and cropped as `FrozenEncoder` does.
+
+    Args:
+        classifier: of whole images.
+        fed: what a card calls `input`: image_size, mean, std and perhaps load_size.
+        class_names: a name a class.
+    """
+
+    def __init__(self, classifier: Classifier, fed: dict[str, Any], class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.encoder = FrozenEncoder(classifier.encoder, **fed, mode="image")
+        self.head, self.classifier = classifier.head, classifier.classifier
+        self.class_names = tuple(class_names)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.head(self.encoder(images)))
+        return logits
+
+
+def _build_head(arguments: dict[str, Any]) -> ProjectionHead:
+    try:
+        return ProjectionHead(**arguments)
+    except TypeError as error:
+        raise ValueError(f"the card's head is no ProjectionHead's: {error}") from None

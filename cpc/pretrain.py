@@ -1,46 +1,32 @@
-"""Pre-training from the command line: `accelerate launch tools/pretrain_cpc.py [overrides]`.
+"""Pre-training from the command line: `accelerate launch tools/pretrain.py method=NAME [overrides]`.
 
-This is an entry point: it reads the configuration, builds the pieces, and writes down what `train_steps` yields.
-From an install, `accelerate launch -m cpc.pretrain` does the same.
+This is an entry point: it reads the configuration and builds the pieces; `cpc.run` trains them. tools/pretrain_cpc.py
+is the same with method=cpc, and `accelerate launch -m cpc.pretrain` is that from an install.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
-from torch.optim import Optimizer
 
-from contrastive_core.checkpoint import export_encoder, load_checkpoint_, save_checkpoint
-from contrastive_core.data import BadImages, ImageDataset, training_batches
-from contrastive_core.evaluate.features import extract_features
-from contrastive_core.evaluate.knn import knn_accuracy
+from contrastive_core.data import ImageDataset
 from contrastive_core.method import Method
 from contrastive_core.randomness import Randomness
-from contrastive_core.run_log import RunLog
-from contrastive_core.training import StepResult, train_steps
-from cpc.entry import build, check_complete, command, run_name, start_accelerator
-from cpc.features import FrozenEncoder
+from cpc.entry import build, command
+from cpc.method import CPC
 from cpc.prediction import check_offsets
-from cpc.run_folder import checkpoint_to_resume, choose_run_dir, claimed
+from cpc.run import Pieces, plain, train_run
 from cpc.views import PatchViews
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
 class PretrainSchema:
-    """Types of the top-level keys of configs/pretrain_cpc.yaml, so that `steps=abc` is refused."""
+    """Types of the top-level keys of configs/pretrain.yaml, so that `steps=abc` is refused."""
 
     seed: int
     steps: int
@@ -61,10 +47,18 @@ class PretrainSchema:
     bad_images: float
     load_size: int
     image_size: int
-    patch: dict[str, int]
+    patch: dict[str, int] | None
     mean: list[float]
     std: list[float]
+    augmentation: dict[str, Any]
+    norm: str
+    global_batch_norm: bool
+    temperature: dict[str, float]
+    memory: dict[str, int]
+    momentum: dict[str, float]
     schedule: Any
+    exclude: bool
+    constant_rate: list[str]
     clip: float | None
     averaging: float | None
     data: Any
@@ -72,24 +66,15 @@ class PretrainSchema:
     method: Any
     views: Any
     optimizer: Any
+    loss: Any = None
     ladder: Any = None
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as dicts, lists and numbers, with all references resolved."""
-    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
 def encoder_input(cfg: DictConfig) -> dict[str, Any]:
     """What the encoder is fed, as `FrozenEncoder` takes it and `encoder.json` says it."""
-    return {
-        "load_size": cfg.load_size,
-        "image_size": cfg.image_size,
-        "patch_size": cfg.patch.size,
-        "stride": cfg.patch.stride,
-        "mean": list(cfg.mean),
-        "std": list(cfg.std),
-    }
+    patch = {} if cfg.patch is None else {"patch_size": cfg.patch.size, "stride": cfg.patch.stride}
+    sizes = {"load_size": cfg.load_size, "image_size": cfg.image_size}
+    return {**sizes, **patch, "mean": list(cfg.mean), "std": list(cfg.std)}
 
 
 def encoder_card(cfg: DictConfig, method: Method) -> dict[str, Any]:
@@ -104,219 +89,38 @@ def encoder_card(cfg: DictConfig, method: Method) -> dict[str, Any]:
     }
 
 
-# the least that a number may be; whatever is wrong with a run is best said before anything is read or written
-_AT_LEAST = {
-    "steps": 1,
-    "batch_size": 1,
-    "accumulate": 1,
-    "workers": 0,
-    "save_every": 1,
-    "keep_checkpoints": 1,
-    "log_every": 1,
-    "probe_every": 0,
-    "probe_images": 5,
-    "load_size": 1,
-}
+def build_method(cfg: DictConfig, dataset: ImageDataset | None = None) -> tuple[Method, nn.Module]:
+    """The method and its views; whatever does not fit is an error here, before any data is read.
 
-
-def check_numbers(cfg: DictConfig) -> None:
-    """Raise ValueError that names the first top-level key whose value cannot be meant, and says what to pass."""
-    for name, least in _AT_LEAST.items():
-        if cfg[name] < least:
-            raise ValueError(f"{name}={cfg[name]}: pass at least {least}")
-    if len(cfg.mean) != 3 or len(cfg.std) != 3 or min(cfg.std) <= 0:
-        raise ValueError(f"mean={list(cfg.mean)} std={list(cfg.std)}: pass three numbers each, std above 0")
-    if cfg.clip is not None and not cfg.clip > 0:
-        raise ValueError(f"clip={cfg.clip}: pass the largest gradient norm, above 0, or null")
-    if cfg.averaging is not None and not 0 <= cfg.averaging < 1:
-        raise ValueError(f"averaging={cfg.averaging}: pass a decay from 0 to below 1, or null")
-    if not 0 <= cfg.bad_images <= 1:
-        raise ValueError(f"bad_images={cfg.bad_images}: pass a share from 0 to 1")
-    if cfg.resume not in (None, "auto"):
-        raise ValueError(f"resume={cfg.resume}: pass resume=auto with the run's run_dir, or leave it out")
-
-
-def build_method(cfg: DictConfig) -> tuple[Method, PatchViews]:
-    """The method and its views; whatever does not fit is an error here, before any data is read."""
-    views: PatchViews = build(cfg.views)
-    method: Method = build(cfg.method, encoder=build(cfg.encoder))
-    check_offsets(method.offsets, views.grid, views.grid)  # type: ignore[arg-type]  # CPC's
+    What depends on the data set is filled in: `images` for a memory bank, `classes` for a classifier; without one, 2.
+    """
+    views: nn.Module = build(cfg.views)
+    known = {"images": 2 if dataset is None else len(dataset), "classes": 2 if dataset is None else dataset.classes}
+    filled = {name: value for name, value in known.items() if name in cfg.method and cfg.method[name] is None}
+    method: Method = build(cfg.method, encoder=build(cfg.encoder), **filled)
+    if isinstance(method, CPC) and isinstance(views, PatchViews):
+        check_offsets(method.offsets, views.grid, views.grid)
     black = torch.zeros(2, 3, cfg.load_size, cfg.load_size, dtype=torch.uint8)
     views(black, Randomness(cfg.seed, 0, torch.arange(2)))
-    return method.to(memory_format=torch.channels_last), views
-
-
-def probe_sets(dataset: ImageDataset, count: int) -> tuple[ImageDataset, ImageDataset] | None:
-    """A bank and queries for the online probe, four to one, all of them training images; None where unlabelled.
-
-    Test images are never touched, so that watching the probe is not looking at the test set.
-    """
-    labelled = torch.nonzero(dataset.labels >= 0).flatten()
-    if len(labelled) < 20:
-        return None
-    chosen = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))[:count]]
-    split = len(chosen) // 5
-    return dataset.subset(chosen[split:]), dataset.subset(chosen[:split])
-
-
-def probe(
-    encoder: FrozenEncoder, sets: tuple[ImageDataset, ImageDataset], accelerator: Accelerator, bad_images: float
-) -> float:
-    """kNN accuracy of the mean latents, as the encoder stands; `bad_images` is the share that may be undecodable."""
-    options = {"batch_size": encoder.batch_size, "device": accelerator.device}
-    with accelerator.autocast():
-        bank, queries = (
-            extract_features(encoder, dataset, bad_images=BadImages(bad_images), **options) for dataset in sets
-        )
-    return float(knn_accuracy(*bank, *queries))
-
-
-class Throughput:
-    """Images a second since the last time it was asked, without what is done inside `paused`."""
-
-    def __init__(self) -> None:
-        self.images, self.since = 0, time.perf_counter()
-
-    def rate(self) -> float:
-        """The rate since the last call."""
-        now = time.perf_counter()
-        rate, self.images, self.since = self.images / max(now - self.since, 1e-9), 0, now
-        return rate
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop the clock, for a probe or a checkpoint."""
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
-
-
-def metrics_row(result: StepResult, accelerator: Accelerator, rate: float) -> dict[str, float]:
-    """A row of `metrics.jsonl`: means over the processes."""
-    names = sorted(result.metrics)
-    values = torch.stack([result.metrics[name].double().to(accelerator.device) for name in names])
-    means = accelerator.reduce(values, reduction="mean").tolist()
-    return {"step": result.step, **dict(zip(names, means, strict=True)), "images_per_second": float(f"{rate:.4g}")}
-
-
-def rounding(accelerator: Accelerator) -> dict[str, int]:
-    """What decides the last bits of every sum, and is stored in checkpoints: sums are split over threads."""
-    return {"threads": torch.get_num_threads(), "processes": accelerator.num_processes}
-
-
-def run_state(accelerator: Accelerator) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors and the step: nothing else has a memory."""
-    return rounding(accelerator) | ({} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()})
-
-
-def resume_(
-    checkpoint: Path | None, modules: dict[str, nn.Module], optimizer: Optimizer, accelerator: Accelerator
-) -> int:
-    """Restore modules and optimizer in place; returns the optimizer steps they have done, 0 without a checkpoint."""
-    if checkpoint is None:
-        return 0
-    state = load_checkpoint_(checkpoint, modules, optimizer)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    before, now = {name: state.get(name) for name in rounding(accelerator)}, rounding(accelerator)
-    if before != now and accelerator.is_main_process:
-        logger.warning("resumed with %s, saved with %s: the numbers will differ in their last bits", now, before)
-    step: int = state["step"]
-    return step
+    return method, views
 
 
 def pretrain(cfg: DictConfig) -> Path:
     """Run one configuration to its end; returns the run's folder."""
-    check_complete(cfg)
-    check_numbers(cfg)
-    accelerator = start_accelerator(
-        precision=cfg.precision, device=cfg.device, threads=cfg.threads, accumulate=cfg.accumulate
-    )
-    config = plain(cfg)
-    run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)
-    resume = cfg.resume == "auto"
-    checkpoint = checkpoint_to_resume(run_dir, config, resume=resume)
 
-    # the pieces, in the order in which a mistake is cheapest to find
-    torch.manual_seed(cfg.seed)
-    method, views = build_method(cfg)
-    optimizer = build(cfg.optimizer, method.parameters(), _partial_=False)
-    schedule = build(cfg.schedule)
-    dataset: ImageDataset = build(cfg.data).train
+    def pieces() -> Pieces:
+        method, views = build_method(cfg)
+        dataset: ImageDataset = build(cfg.data).train
+        if {"images", "classes"} & set(cfg.method):
+            torch.manual_seed(cfg.seed)
+            method, views = build_method(cfg, dataset)
+        return Pieces(method, views, dataset, encoder_card(cfg, method))
 
-    averaged = None if cfg.averaging is None else copy.deepcopy(method).requires_grad_(False).to(accelerator.device)
-    modules: dict[str, nn.Module] = {"method": method, **({} if averaged is None else {"averaged": averaged})}
-    exported = method if averaged is None else averaged
-    prepared, prepared_optimizer = accelerator.prepare(method, optimizer)
-    start = resume_(checkpoint, modules, optimizer, accelerator)
-
-    batches = training_batches(
-        dataset,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        start=start,
-        steps=cfg.steps,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        accumulate=cfg.accumulate,
-        workers=cfg.workers,
-    )
-    results = train_steps(
-        prepared,
-        prepared_optimizer,
-        accelerator,
-        batches,
-        views,
-        seed=cfg.seed,
-        start=start,
-        steps=cfg.steps,
-        schedule=schedule,
-        clip=cfg.clip,
-        averaged=averaged,
-        averaging_decay=cfg.averaging or 0.0,
-        grad_cache=cfg.grad_cache,
-    )
-    main_process = accelerator.is_main_process
-    sets = probe_sets(dataset, cfg.probe_images) if cfg.probe_every and main_process else None
-    probed = FrozenEncoder(exported.encoder, **encoder_input(cfg))
-    bad_images, throughput = BadImages(cfg.bad_images), Throughput()
-
-    # nothing has been written so far: a mistake leaves no folder behind
-    with (
-        claimed(run_dir, config, accelerator, resume=resume),
-        RunLog(run_dir, start=start, steps=cfg.steps) if main_process else nullcontext() as log,
-    ):
-        for result in results:
-            bad_images.count(result.faults, seen=cfg.batch_size // accelerator.num_processes)
-            throughput.images += cfg.batch_size
-            last = result.step == cfg.steps
-
-            # every process takes part in the mean; the rest is the main one's
-            if last or result.step == 1 or result.step % cfg.log_every == 0:
-                row = metrics_row(result, accelerator, throughput.rate())
-                if log is not None:
-                    log.write(row)
-            if log is None:
-                continue
-            log.advance()
-            with throughput.paused():
-                if sets is not None and (last or result.step % cfg.probe_every == 0):
-                    accuracy = probe(probed, sets, accelerator, cfg.bad_images)
-                    log.write({"step": result.step, "knn": accuracy})
-                    log.say(f"step {result.step}: kNN accuracy among training images {accuracy:.3f}")
-                if last or result.step % cfg.save_every == 0:
-                    extra, keep = run_state(accelerator), cfg.keep_checkpoints
-                    save_checkpoint(run_dir / "checkpoints", result.step, modules, optimizer, extra, keep)
-
-        if main_process:
-            export_encoder(run_dir, exported.encoder, encoder_card(cfg, exported))
-    if main_process:
-        print(f"encoder: {run_dir / 'encoder.safetensors'}\nread it with: cpc.load_encoder({str(run_dir)!r})")
-    accelerator.wait_for_everyone()
-    return run_dir
+    return train_run(cfg, pieces)
 
 
 main = command("pretrain_cpc", pretrain, schema=PretrainSchema)
+main_of_any_method = command("pretrain", pretrain, schema=PretrainSchema)
 
 if __name__ == "__main__":
     main()

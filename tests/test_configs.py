@@ -1,4 +1,7 @@
-"""Every YAML composes and instantiates, and the ladder's rungs are one step apart."""
+"""Every YAML composes and instantiates, experiments have their papers' numbers, the ladder's rungs are a step apart.
+
+The experiments are run for a step in tests/test_recipes.py.
+"""
 
 import copy
 import itertools
@@ -8,13 +11,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from contrastive_core.data import Splits
+from contrastive_core.data import Splits, batch_indices
+from contrastive_core.optim import parameter_groups
 from contrastive_core.randomness import Randomness
 from cpc.configs import config_folder
-from cpc.entry import build, check_complete
+from cpc.entry import build, check_complete, epochs
 from cpc.patches import grid_side
 from cpc.prediction import check_offsets, first_disjoint_offset
-from cpc.pretrain import check_numbers
+from cpc.run import check_numbers
 from cpc.run_folder import differing_keys
 
 CONFIGS = Path(config_folder())
@@ -36,6 +40,14 @@ def names(group):
     return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
 
 
+METHODS = names("method")
+EXPERIMENTS = [
+    name for name in names("experiment") if "finetune" not in name and "distill" not in name
+]  # of pretrain.yaml
+PATCHES = [name for name in EXPERIMENTS if name.startswith("ladder") or "_cpc" in name]
+IMAGES = [name for name in EXPERIMENTS if name not in PATCHES]
+
+
 def with_data(name):
     return [f"data={name}", *REQUIRED.get(name, [])]
 
@@ -47,15 +59,19 @@ def experiment(compose, name, *overrides):
     """An experiment, with the place of its data."""
     key = (name, *overrides)
     if key not in _composed:
-        place = "data.train=x" if name in ("cifar10_cpc", "tinyimagenet_cpc") else "data.root=x"
-        _composed[key] = compose(f"experiment={name}", place, *overrides)
+        place = "data.train=x" if name.startswith(("cifar10", "tinyimagenet")) else "data.root=x"
+        _composed[key] = compose(f"experiment={name}", place, *overrides, name="pretrain")
     return copy.deepcopy(_composed[key])
 
 
-@pytest.mark.parametrize("name", names("experiment"))
-def test_an_experiment_never_falls_back_on_the_digits(compose, name):
-    with pytest.raises(ValueError, match=r"not given: data\.(root|train)"):
-        check_complete(compose(f"experiment={name}"))
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_lacks_the_place_of_its_data_and_nothing_else(compose, name):
+    cfg = experiment(compose, name)
+    check_complete(cfg)
+    (place,) = [key for key in ("root", "train") if cfg.data.get(key) == "x"]
+    cfg.data[place] = "???"
+    with pytest.raises(ValueError, match=rf"not given: data\.{place}; pass"):
+        check_complete(cfg)
 
 
 def resolved(cfg):
@@ -84,9 +100,169 @@ def check_instantiates(cfg):
     return method
 
 
-@pytest.mark.parametrize("name", names("experiment"))
-def test_every_experiment_instantiates(compose, name):
+@pytest.mark.parametrize("name", PATCHES)
+def test_every_experiment_on_patches_instantiates(compose, name):
     check_instantiates(experiment(compose, name))
+
+
+def check_method_on_images(cfg):
+    """Build everything but the data, with the weights on the meta device; returns the method and its optimizer."""
+    check_complete(cfg)
+    check_numbers(cfg)
+    filled = {name: 100 for name in ("images", "classes") if name in cfg.method}
+    with torch.device("meta"):
+        encoder = build(cfg.encoder)
+        method = build(cfg.method, encoder=encoder, **filled)
+        features = encoder(torch.empty(2, 3, cfg.image_size, cfg.image_size))
+        groups = parameter_groups(method, exclude=cfg.exclude, constant_rate=cfg.constant_rate)
+        optimizer = build(cfg.optimizer, groups, _partial_=False)
+    assert features.shape == (2, encoder.dim)
+    assert 0 <= build(cfg.schedule)(0.5) <= 1
+    black = torch.zeros(2, 3, cfg.load_size, cfg.load_size, dtype=torch.uint8)
+    views = build(cfg.views)(black, Randomness(0, 0, torch.arange(2)))
+    whole = (2, 3, cfg.image_size, cfg.image_size)
+    assert views[0].shape == whole
+    target = cfg.method._target_.split(".")[-1]
+    assert len(views) == (1 if target == "Classifier" else 2)
+    assert all(view.shape == whole or (target == "PIRL" and view.shape[:3] == (2, 9, 3)) for view in views)
+    assert all(view.isfinite().all() for view in views)
+    return method, optimizer
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_experiment_on_images_instantiates(compose, name):
+    cfg = experiment(compose, name)
+    assert cfg.data.size == cfg.load_size
+    check_method_on_images(cfg)
+
+
+@pytest.mark.parametrize("data", ["mnist5k", "parquet"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "cpc"])
+def test_every_method_goes_with_digits_and_with_photographs(compose, name, data):
+    cfg = compose(f"method={name}", *with_data(data), name="pretrain")
+    method, _ = check_method_on_images(cfg)
+    assert cfg.norm == "batch"  # the papers' encoders; CPC's have LayerNorm
+    assert any(isinstance(layer, torch.nn.BatchNorm2d) for layer in method.encoder.modules())
+    assert data == "parquet" or (cfg.augmentation.flip, cfg.augmentation.solarise) == (0, 0)  # digits have a handedness
+    assert (cfg.image_size, cfg.augmentation.strength) == ((28, 1.0) if data == "mnist5k" else (64, 0.5))
+
+
+@pytest.mark.parametrize("name", [name for name in names("data") if name != "mnist5k"])
+def test_photographs_select_the_recipe_for_photographs_whatever_their_data_set(compose, name):
+    cfg = resolved(compose("method=simclr", *with_data(name), name="pretrain"))
+    same = resolved(compose("method=simclr", "data=parquet", "data.train=x", name="pretrain"))
+    assert {key.split(".")[0] for key in differing_keys(same, cfg)} <= {"data"}
+
+
+def test_pretrain_cpc_is_pretrain_with_method_cpc(compose):
+    assert resolved(compose()) == resolved(compose("method=cpc", name="pretrain"))
+
+
+SGD, LARS = "torch.optim.SGD", "contrastive_core.optim.LARS"
+# as the papers and published codes have them, written out a second time: a wrong digit must be wrong twice
+NUMBERS = {
+    "imagenet_simclr": {"steps": 31200, "batch_size": 4096, "optimizer._target_": LARS, "optimizer.lr": 4.8,
+                        "optimizer.weight_decay": 1e-6, "optimizer.convention": "simclr", "optimizer.trust": 1e-3,
+                        "exclude": True, "global_batch_norm": True, "method.loss.temperature": 0.1,
+                        "schedule.warmup": 0.1, "method.head.layers": 2, "method.head.out": 128},
+    "imagenet_simclr_v2": {"steps": 249600, "batch_size": 4096, "optimizer._target_": LARS, "optimizer.lr": 6.4,
+                           "optimizer.weight_decay": 1e-4, "exclude": True, "method.temperature": 0.1,
+                           "method.head.layers": 3, "method.memory": 65536, "method.momentum": 0.999,
+                           "encoder.depth": 50, "encoder.width": 1, "encoder.sk": False},
+    "imagenet_simclr_v2_152_3x_sk": {"steps": 249600, "encoder.depth": 152, "encoder.width": 3, "encoder.sk": True},
+    "imagenet_moco_v1": {"steps": 1000800, "batch_size": 256, "optimizer._target_": SGD, "optimizer.lr": 0.03,
+                         "optimizer.weight_decay": 1e-4, "optimizer.momentum": 0.9, "exclude": False,
+                         "global_batch_norm": False, "method.temperature": 0.07, "method.head.layers": 1,
+                         "method.queue_size": 65536, "method.momentum": 0.999, "method.bn_groups": 8,
+                         "schedule.at": [0.6, 0.8]},
+    "imagenet_moco_v2": {"steps": 1000800, "batch_size": 256, "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4,
+                         "exclude": False, "global_batch_norm": False, "method.temperature": 0.2,
+                         "method.head.layers": 2, "method.head.norm": False, "method.queue_size": 65536,
+                         "method.momentum": 0.999},
+    "imagenet_moco_v3": {"steps": 31200, "batch_size": 4096, "optimizer._target_": LARS, "optimizer.lr": 9.6,
+                         "optimizer.weight_decay": 1e-6, "optimizer.convention": "moco_v3", "exclude": True,
+                         "method.temperature": 1.0, "method.momentum": 0.99, "method.head.output_norm": "plain",
+                         "method.head.layers": 2, "schedule.warmup": 0.1},
+    "imagenet_moco_v3_vit": {"steps": 93600, "batch_size": 4096, "optimizer._target_": "torch.optim.AdamW",
+                             "optimizer.lr": 2.4e-3, "optimizer.weight_decay": 0.1, "exclude": False,
+                             "method.temperature": 0.2, "method.head.layers": 3,
+                             "method.predictor.output_norm": "plain", "encoder.image_size": 224},
+    "imagenet_pirl": {"steps": 1000800, "batch_size": 1024, "optimizer.lr": 0.12, "optimizer.weight_decay": 1e-4,
+                      "exclude": True, "method.temperature": 0.07, "method.negatives": 32000,
+                      "method.momentum": 0.5, "method.form": "nce"},
+    "imagenet_byol": {"steps": 312000, "batch_size": 4096, "optimizer._target_": LARS, "optimizer.lr": 3.2,
+                      "optimizer.weight_decay": 1.5e-6, "exclude": True, "global_batch_norm": True,
+                      "method.momentum": 0.996, "schedule.warmup": 0.01, "method.head.hidden": 4096,
+                      "method.head.out": 256},
+    "imagenet_simsiam": {"steps": 250200, "batch_size": 512, "optimizer._target_": SGD, "optimizer.lr": 0.1,
+                         "optimizer.weight_decay": 1e-4, "exclude": False, "global_batch_norm": True,
+                         "constant_rate": ["predictor"], "method.head.layers": 3, "method.predictor.hidden": 512},
+    "imagenet_supervised": {"steps": 450360, "batch_size": 256, "optimizer.lr": 0.1, "optimizer.weight_decay": 1e-4},
+    "imagenet100_simclr": {"steps": 197600, "batch_size": 256, "optimizer.lr": 1.2, "method.loss.temperature": 0.2},
+    "imagenet100_moco_v2": {"steps": 197600, "optimizer.lr": 0.3, "method.queue_size": 65536, "method.momentum": 0.99},
+    "imagenet100_byol": {"steps": 197600, "optimizer.lr": 0.45, "method.momentum": 0.99,
+                         "method.predictor.hidden": 8192, "method.head.hidden": 4096},
+    "cifar10_simclr": {"steps": 97000, "batch_size": 512, "optimizer._target_": LARS, "optimizer.lr": 2.0,
+                       "optimizer.weight_decay": 1e-4, "exclude": True, "method.loss.temperature": 0.5,
+                       "augmentation.strength": 0.5, "augmentation.blur": 0.0, "encoder.small_stem": True},
+    "cifar10_moco_v2": {"steps": 19400, "batch_size": 512, "optimizer.lr": 0.06, "optimizer.weight_decay": 5e-4,
+                        "exclude": False, "method.temperature": 0.1, "method.queue_size": 4096,
+                        "method.momentum": 0.99, "method.bn_groups": 8, "method.head.layers": 1,
+                        "augmentation.crop": [0.08, 1.0], "augmentation.strength": None},
+    "cifar10_byol": {"steps": 77600, "batch_size": 512, "optimizer.lr": 0.24, "optimizer.weight_decay": 5e-4,
+                     "exclude": False, "method.momentum": 0.99},
+    "cifar10_raft": {"steps": 77600, "method.momentum": 0.996, "method.align": 1.0, "method.cross": -1.0},
+    "cifar10_byol_prime": {"steps": 77600, "method.momentum": 0.996, "method.align": 1.0, "method.cross": 1.0},
+    "cifar10_simsiam": {"steps": 77600, "batch_size": 512, "optimizer.lr": 0.06, "optimizer.weight_decay": 5e-4,
+                        "exclude": False, "constant_rate": ["predictor"], "method.head.layers": 2,
+                        "augmentation.blur": 0.0},
+    "cifar10_moco_v3": {"steps": 97000, "method.temperature": 0.2, "method.head.hidden": 4096},
+    "cifar10_pirl": {"steps": 19400, "method.negatives": 4096, "method.temperature": 0.07},
+    "cifar10_margin": {"steps": 19400, "method.loss.margin": 1.0},
+    "cifar10_supervised": {"steps": 78000, "batch_size": 128, "optimizer.lr": 0.1, "optimizer.weight_decay": 5e-4},
+    "tinyimagenet_simclr": {"steps": 39000, "image_size": 64, "load_size": 64, "method.loss.temperature": 0.5},
+    "tinyimagenet_byol": {"steps": 39000, "image_size": 64, "load_size": 64},
+    "tinyimagenet_moco_v2": {"steps": 39000, "image_size": 64, "load_size": 64, "method.queue_size": 4096},
+    "stl10_simclr": {"steps": 41000, "image_size": 96, "load_size": 96, "encoder.name": "resnet18"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_experiment_has_its_papers_numbers(compose, name):
+    cfg = experiment(compose, name)
+    for key, value in NUMBERS[name].items():
+        found = OmegaConf.select(cfg, key)
+        assert found == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), key
+
+
+def test_a_batch_of_another_size_takes_its_rate_and_its_steps_along(compose):
+    cfg = experiment(compose, "imagenet_simclr", "batch_size=256")
+    assert (cfg.steps, cfg.optimizer.lr) == (500400, 0.3)
+    rule = 'optimizer.lr="${square_root_scaling:0.075,${batch_size}}"'  # as its YAML says it can be written
+    root = experiment(compose, "imagenet_simclr", "batch_size=256", rule)
+    assert root.optimizer.lr == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize(("count", "batch_size", "images"), [(3, 4, 11), (2.5, 4, 8), (1, 1, 1)])
+def test_epochs_are_counted_as_the_loader_counts_them(count, batch_size, images):
+    """After the steps of whole epochs, another begins: the next batch is the first of a new permutation."""
+    steps = epochs(count, batch_size, images)
+    assert steps == count * (images // batch_size)
+    if count == int(count):
+        firsts = [batch_indices(images, batch_size, 0, step) for step in range(steps)]
+        seen = torch.bincount(torch.cat(firsts), minlength=images)
+        assert seen.max() <= count
+    assert epochs(count, images + 1, images) == round(count)  # the loader refuses such a batch, in words of its own
+
+
+def test_excluded_parameters_neither_decay_nor_adapt(compose):
+    """BYOL's and SimCLR's LARS leaves out biases and norms, SimSiam's SGD leaves out nothing but keeps a rate."""
+    _, lars = check_method_on_images(experiment(compose, "imagenet_byol"))
+    assert [(group["weight_decay"], group["adapt"]) for group in lars.param_groups] == [(1.5e-6, True), (0.0, False)]
+    assert all(p.ndim <= 1 for p in lars.param_groups[1]["params"])
+    method, sgd = check_method_on_images(experiment(compose, "imagenet_simsiam"))
+    assert [group.get("constant_rate", False) for group in sgd.param_groups] == [False, True]
+    assert {id(p) for p in sgd.param_groups[1]["params"]} == {id(p) for p in method.predictor.parameters()}
 
 
 @pytest.mark.parametrize("name", names("data"))
@@ -113,13 +289,13 @@ def test_no_override_is_the_digits(compose):
     cfg = compose()
     assert cfg.data._target_ == "contrastive_core.data.mnist5k"
     assert resolved(cfg) == resolved(compose("data=mnist5k"))
-    assert resolved(cfg) == resolved(compose("recipe=mnist5k"))
+    assert resolved(cfg) == resolved(compose("recipe=cpc/mnist5k"))
     augment = [step._target_ for step in cfg.views.image_augment] + [cfg.views.patch_augment._target_]
     assert not [name for name in augment if "Flip" in name or name.endswith("_v2")]
 
 
 def test_a_recipe_for_other_data_and_an_experiment_in_its_place(compose):
-    photos = compose("data=mnist5k", "recipe=photos")
+    photos = compose("data=mnist5k", "recipe=cpc/photos")
     assert photos.image_size == 64
     check_instantiates(photos)
     cfg = experiment(compose, "imagenet_cpc_v2")
@@ -129,7 +305,9 @@ def test_a_recipe_for_other_data_and_an_experiment_in_its_place(compose):
 
 @pytest.mark.parametrize("name", names("encoder"))
 def test_every_encoder_goes_with_the_digits(compose, name):
-    check_instantiates(compose(f"encoder={name}"))
+    # a transformer's patches must divide what it sees, here a CPC patch of 8 px
+    fitting = ["encoder.image_size=8", "encoder.patch_size=4"] if name == "vit_small_moco" else []
+    check_instantiates(compose(f"encoder={name}", *fitting))
 
 
 def test_the_papers_recipe_is_the_papers(compose):
@@ -199,7 +377,21 @@ def test_the_small_ladder_instantiates(compose, name):
 
 def test_every_yaml_belongs_to_a_group_that_is_tested_here():
     groups = {file.parent.name for file in CONFIGS.rglob("*.yaml")} - {CONFIGS.name}
-    assert groups <= {"data", "encoder", "experiment", "method", "optimizer", "recipe", "scale", "views"}
+    assert groups <= {
+        "data",
+        "encoder",
+        "experiment",
+        "loss",
+        "method",
+        "optimizer",
+        "recipe",
+        "scale",
+        "views",
+        "cpc",
+        "images",
+        "base",
+        "ablation",
+    }
 
 
 def test_splits_are_what_a_data_set_gives(compose):

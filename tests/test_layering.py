@@ -15,10 +15,15 @@ PACKAGES = ("contrastive_core", "cpc")
 
 # Only these may know hydra: each turns a command line into objects, and hands those down.
 ENTRY_POINTS = {
+    "cpc/ablate.py",
     "cpc/demo.py",
+    "cpc/distill.py",
     "cpc/entry.py",
     "cpc/evaluate.py",
+    "cpc/finetune.py",
     "cpc/pretrain.py",
+    "cpc/run.py",
+    "cpc/simclr_v2.py",
 }
 
 

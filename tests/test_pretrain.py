@@ -1,6 +1,7 @@
 """The main job from its configuration and from the command line: what it leaves behind, resuming, and mistakes."""
 
 import fcntl
+import json
 import logging
 import math
 import re
@@ -17,7 +18,9 @@ import cpc
 from contrastive_core.data import ImageDataset, TooManyBadImages, mnist5k
 from contrastive_core.run_log import RunLog, read_metrics
 from cpc.features import load_encoder
-from cpc.pretrain import main, pretrain, probe_sets
+from cpc.prediction import PredictionHeads
+from cpc.pretrain import main, pretrain
+from cpc.run import probe_sets
 from cpc.run_folder import default_run_dir, differing_keys
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
@@ -151,7 +154,7 @@ def test_resuming_where_there_is_nothing_starts_anew(start, tmp_path, caplog):
     start("steps=1", "resume=auto", run_dir="empty")
     assert [row["step"] for row in read_metrics(folder)] == [1]
     assert not caplog.records
-    with caplog.at_level(logging.WARNING, logger="cpc.pretrain"):
+    with caplog.at_level(logging.WARNING, logger="cpc.run"):
         start("steps=1", "resume=auto", "threads=2", run_dir="empty")
     assert "the numbers will differ in their last bits" in caplog.text
 
@@ -169,7 +172,7 @@ def test_unlabelled_images_are_not_probed(start, tmp_path):
 
     for i in range(8):
         Image.new("L", (28, 28), 30 * i).save(tmp_path / f"{i}.png")
-    folder = start("steps=1", "data=imagefolder", f"data.root={tmp_path}", "recipe=mnist5k", "probe_every=1")
+    folder = start("steps=1", "data=imagefolder", f"data.root={tmp_path}", "recipe=cpc/mnist5k", "probe_every=1")
     assert all("knn" not in row for row in read_metrics(folder))
 
 
@@ -353,3 +356,43 @@ def test_grad_cache_on_two_processes_is_the_whole_batch_on_one(run_tool, launch_
         assert a["negatives"] == b["negatives"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-2)
+
+
+class Constant(torch.nn.Module):
+    """An encoder that gives every patch the same features, however it is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim = 8
+        self.feature = torch.nn.Parameter(torch.rand(8))
+
+    def forward(self, images):
+        return self.feature.expand(len(images), 8)
+
+
+def test_a_collapsed_run_says_so_while_it_runs_and_in_what_it_leaves(compose, tmp_path, capsys, monkeypatch):
+    from cpc import pretrain as module
+
+    healthy = module.build_method
+
+    def with_a_constant_encoder(cfg, dataset=None):
+        method, views = healthy(cfg, dataset)
+        method.encoder = Constant()
+        method.contexts = torch.nn.ModuleDict({d: torch.nn.Identity() for d in method.directions})
+        method.heads = torch.nn.ModuleDict({d: PredictionHeads(8, 64, method.offsets) for d in method.directions})
+        method.target_projection = torch.nn.Linear(8, 64, bias=False)
+        return method, views
+
+    monkeypatch.setattr(module, "build_method", with_a_constant_encoder)
+    folder = pretrain(compose(*tiny("steps=2", f"run_dir={tmp_path / 'run'}")))
+    printed = capsys.readouterr()
+    said = printed.out + printed.err
+    assert said.count("collapsed: the projections' spread is") == 2  # when it is first seen, and at the end
+    assert "collapsed: the projections' spread is" in json.loads((folder / "encoder.json").read_text())["collapsed"]
+    assert read_metrics(folder)[-1]["effective_rank"] < 1.5
+
+
+def test_a_healthy_run_says_nothing_of_a_collapse(start, capsys):
+    folder = start("steps=2")
+    assert "collapsed" not in capsys.readouterr().out + (folder / "encoder.json").read_text()
+    assert read_metrics(folder)[-1]["spread"] > 0.01

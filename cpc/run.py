@@ -1,0 +1,282 @@
+"""A training run, whatever it trains: claim a folder, take the steps, log, probe, save, export.
+
+The entry points (`cpc.pretrain`, `cpc.finetune`, `cpc.distill`) say what is trained and on which data; this module
+knows how a run goes, and reads the keys that all of them have.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+
+from contrastive_core.batch_norm import globalize_batch_norm
+from contrastive_core.checkpoint import export_encoder, load_checkpoint_, save_checkpoint
+from contrastive_core.data import BadImages, ImageDataset, training_batches
+from contrastive_core.evaluate.features import extract_features
+from contrastive_core.evaluate.knn import knn_accuracy
+from contrastive_core.method import Method
+from contrastive_core.metrics import collapsed
+from contrastive_core.optim import parameter_groups
+from contrastive_core.run_log import RunLog
+from contrastive_core.training import StepResult, train_steps
+from cpc.entry import build, check_complete, run_name, start_accelerator
+from cpc.features import FrozenEncoder, parts_card, parts_of
+from cpc.run_folder import checkpoint_to_resume, choose_run_dir, claimed
+
+logger = logging.getLogger(__name__)
+
+
+class Pieces(NamedTuple):
+    """What a run trains: the method, the views it sees, the images, and what its encoder's card says."""
+
+    method: Method
+    views: nn.Module
+    dataset: ImageDataset
+    card: dict[str, Any]
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as dicts, lists and numbers, with all references resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
+# the least that a number may be; whatever is wrong with a run is best said before anything is read or written
+_AT_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "workers": 0,
+    "save_every": 1,
+    "keep_checkpoints": 1,
+    "log_every": 1,
+    "probe_every": 0,
+    "probe_images": 5,
+    "load_size": 1,
+}
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise ValueError that names the first top-level key whose value cannot be meant, and says what to pass."""
+    for name, least in _AT_LEAST.items():
+        if cfg[name] < least:
+            raise ValueError(f"{name}={cfg[name]}: pass at least {least}")
+    if len(cfg.mean) != 3 or len(cfg.std) != 3 or min(cfg.std) <= 0:
+        raise ValueError(f"mean={list(cfg.mean)} std={list(cfg.std)}: pass three numbers each, std above 0")
+    if cfg.clip is not None and not cfg.clip > 0:
+        raise ValueError(f"clip={cfg.clip}: pass the largest gradient norm, above 0, or null")
+    if cfg.averaging is not None and not 0 <= cfg.averaging < 1:
+        raise ValueError(f"averaging={cfg.averaging}: pass a decay from 0 to below 1, or null")
+    if not 0 <= cfg.bad_images <= 1:
+        raise ValueError(f"bad_images={cfg.bad_images}: pass a share from 0 to 1")
+    if cfg.resume not in (None, "auto"):
+        raise ValueError(f"resume={cfg.resume}: pass resume=auto with the run's run_dir, or leave it out")
+
+
+def probe_sets(dataset: ImageDataset, count: int) -> tuple[ImageDataset, ImageDataset] | None:
+    """A bank and queries for the online probe, four to one, all of them training images; None where unlabelled.
+
+    Test images are never touched, so that watching the probe is not looking at the test set.
+    """
+    labelled = torch.nonzero(dataset.labels >= 0).flatten()
+    if len(labelled) < 20:
+        return None
+    chosen = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))[:count]]
+    split = len(chosen) // 5
+    return dataset.subset(chosen[split:]), dataset.subset(chosen[:split])
+
+
+def probe(
+    encoder: FrozenEncoder, sets: tuple[ImageDataset, ImageDataset], accelerator: Accelerator, bad_images: float
+) -> float:
+    """kNN accuracy of the mean latents, as the encoder stands; `bad_images` is the share that may be undecodable."""
+    options = {"batch_size": encoder.batch_size, "device": accelerator.device}
+    with accelerator.autocast():
+        bank, queries = (
+            extract_features(encoder, dataset, bad_images=BadImages(bad_images), **options) for dataset in sets
+        )
+    return float(knn_accuracy(*bank, *queries))
+
+
+class Throughput:
+    """Images a second since the last time it was asked, without what is done inside `paused`."""
+
+    def __init__(self) -> None:
+        self.images, self.since = 0, time.perf_counter()
+
+    def rate(self) -> float:
+        """The rate since the last call."""
+        now = time.perf_counter()
+        rate, self.images, self.since = self.images / max(now - self.since, 1e-9), 0, now
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock, for a probe or a checkpoint."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
+
+class CollapseAlarm:
+    """Whether the projections have collapsed, as the last logged step saw it; `line` says so, "" = they have not."""
+
+    def __init__(self) -> None:
+        self.line = ""
+
+    def rings(self, row: dict[str, float]) -> bool:
+        """Look at a row of metrics; True where they have collapsed since the last row."""
+        before, self.line = self.line, collapsed(row.get("spread", math.nan), row.get("effective_rank", math.nan))
+        return bool(self.line) and not before
+
+
+def metrics_row(result: StepResult, accelerator: Accelerator, rate: float) -> dict[str, float]:
+    """A row of `metrics.jsonl`: means over the processes."""
+    names = sorted(result.metrics)
+    values = torch.stack([result.metrics[name].double().to(accelerator.device) for name in names])
+    means = accelerator.reduce(values, reduction="mean").tolist()
+    return {"step": result.step, **dict(zip(names, means, strict=True)), "images_per_second": float(f"{rate:.4g}")}
+
+
+def rounding(accelerator: Accelerator) -> dict[str, int]:
+    """What decides the last bits of every sum, and is stored in checkpoints: sums are split over threads."""
+    return {"threads": torch.get_num_threads(), "processes": accelerator.num_processes}
+
+
+def run_state(accelerator: Accelerator) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors and the step: nothing else has a memory."""
+    return rounding(accelerator) | ({} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()})
+
+
+def resume_(
+    checkpoint: Path | None, modules: dict[str, nn.Module], optimizer: Optimizer, accelerator: Accelerator
+) -> int:
+    """Restore modules and optimizer in place; returns the optimizer steps they have done, 0 without a checkpoint."""
+    if checkpoint is None:
+        return 0
+    state = load_checkpoint_(checkpoint, modules, optimizer)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    before, now = {name: state.get(name) for name in rounding(accelerator)}, rounding(accelerator)
+    if before != now and accelerator.is_main_process:
+        logger.warning("resumed with %s, saved with %s: the numbers will differ in their last bits", now, before)
+    step: int = state["step"]
+    return step
+
+
+def worker_views(views: nn.Module) -> Any:
+    """The views where the loader's workers can make them (`views=torchvision_...`), else None: the device does."""
+    from contrastive_core.data.worker_views import WorkerViews  # loads torchvision's transforms: not with `import cpc`
+
+    return views if isinstance(views, WorkerViews) else None
+
+
+def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
+    """Run one configuration to its end; returns the run's folder.
+
+    `pieces()` is called once the folder is known to be free, with the seed set, and may take its time.
+    """
+    check_complete(cfg)
+    check_numbers(cfg)
+    accelerator = start_accelerator(
+        precision=cfg.precision, device=cfg.device, threads=cfg.threads, accumulate=cfg.accumulate
+    )
+    config = plain(cfg)
+    run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)
+    resume = cfg.resume == "auto"
+    checkpoint = checkpoint_to_resume(run_dir, config, resume=resume)
+
+    torch.manual_seed(cfg.seed)
+    method, views, dataset, card = pieces()
+    method.to(memory_format=torch.channels_last)
+    if cfg.global_batch_norm and accelerator.num_processes > 1:
+        method = cast(Method, globalize_batch_norm(method))
+    groups = parameter_groups(method, exclude=cfg.exclude, constant_rate=cfg.constant_rate)
+    optimizer = build(cfg.optimizer, groups, _partial_=False)
+    schedule = build(cfg.schedule)
+
+    averaged = None if cfg.averaging is None else copy.deepcopy(method).requires_grad_(False).to(accelerator.device)
+    modules: dict[str, nn.Module] = {"method": method, **({} if averaged is None else {"averaged": averaged})}
+    exported = method if averaged is None else averaged
+    prepared, prepared_optimizer = accelerator.prepare(method, optimizer)
+    start = resume_(checkpoint, modules, optimizer, accelerator)
+
+    batches = training_batches(
+        dataset,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        start=start,
+        steps=cfg.steps,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        accumulate=cfg.accumulate,
+        workers=cfg.workers,
+        views=worker_views(views),
+    )
+    results = train_steps(
+        prepared,
+        prepared_optimizer,
+        accelerator,
+        batches,
+        views,
+        seed=cfg.seed,
+        start=start,
+        steps=cfg.steps,
+        schedule=schedule,
+        clip=cfg.clip,
+        averaged=averaged,
+        averaging_decay=cfg.averaging or 0.0,
+        grad_cache=cfg.grad_cache,
+    )
+    main_process = accelerator.is_main_process
+    sets = probe_sets(dataset, cfg.probe_images) if cfg.probe_every and main_process else None
+    probed = FrozenEncoder(exported.encoder, **card["input"])
+    bad_images, throughput, alarm = BadImages(cfg.bad_images), Throughput(), CollapseAlarm()
+
+    # nothing has been written so far: a mistake leaves no folder behind
+    with (
+        claimed(run_dir, config, accelerator, resume=resume),
+        RunLog(run_dir, start=start, steps=cfg.steps) if main_process else nullcontext() as log,
+    ):
+        for result in results:
+            bad_images.count(result.faults, seen=cfg.batch_size // accelerator.num_processes)
+            throughput.images += cfg.batch_size
+            last = result.step == cfg.steps
+
+            # every process takes part in the mean; the rest is the main one's
+            if last or result.step == 1 or result.step % cfg.log_every == 0:
+                row = metrics_row(result, accelerator, throughput.rate())
+                if log is not None:
+                    log.write(row)
+                    if alarm.rings(row) or (last and alarm.line):
+                        log.say(f"step {result.step}: {alarm.line}")
+            if log is None:
+                continue
+            log.advance()
+            with throughput.paused():
+                if sets is not None and (last or result.step % cfg.probe_every == 0):
+                    accuracy = probe(probed, sets, accelerator, cfg.bad_images)
+                    log.write({"step": result.step, "knn": accuracy})
+                    log.say(f"step {result.step}: kNN accuracy among training images {accuracy:.3f}")
+                if last or result.step % cfg.save_every == 0:
+                    extra, keep = run_state(accelerator), cfg.keep_checkpoints
+                    save_checkpoint(run_dir / "checkpoints", result.step, modules, optimizer, extra, keep)
+
+        if main_process:
+            card |= parts_card(exported, dataset.class_names) | ({"collapsed": alarm.line} if alarm.line else {})
+            export_encoder(run_dir, exported.encoder, card, parts_of(exported))
+    if main_process:
+        print(f"encoder: {run_dir / 'encoder.safetensors'}\nread it with: cpc.load_encoder({str(run_dir)!r})")
+    accelerator.wait_for_everyone()
+    return run_dir
