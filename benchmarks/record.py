@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -84,6 +84,29 @@ def run_measured(command: list[str], every: float = 0.1) -> tuple[float, float]:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return time.perf_counter() - began, peak / 2**30
+
+
+class Cost(NamedTuple):
+    """What one command took: processor seconds of all its processes, seconds of the clock, largest process in MiB."""
+
+    cpu_seconds: float
+    seconds: float
+    peak_mib: float
+
+
+def run_costed(command: list[str], *, log: Path, threads: int = 1) -> Cost:
+    """Run a command from the top level, its output to `log`; CalledProcessError where it fails.
+
+    The processor's seconds hardly depend on what else runs, those of the clock do.
+    """
+    began = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command, f"see {log}")
+    return Cost(usage.ru_utime + usage.ru_stime, time.perf_counter() - began, usage.ru_maxrss / 1024)
 
 
 def python(*arguments: str) -> list[str]:
