@@ -71,11 +71,16 @@ class ResidualBlock(nn.Module):
             inner = outer
         self.shortcut = None
         if stride != 1 or channels != width:
-            self.shortcut = nn.Conv2d(channels, width, 1, stride=stride, bias=False)
+            # every other pixel and then a 1x1 is a 1x1 of stride 2. With channels_last and fewer channels than AVX2 has
+            # lanes, oneDNN 3.12 writes past the end of its memory in the latter's backward pass (its issue 6035)
+            self.every = stride if channels < 8 else 1
+            self.shortcut = nn.Conv2d(channels, width, 1, stride=stride // self.every, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         activation = F.relu(self.norms[0](images))
-        identity = images if self.shortcut is None else self.shortcut(activation)
+        identity = images
+        if self.shortcut is not None:
+            identity = self.shortcut(activation[:, :, :: self.every, :: self.every])
         residual = self.convolutions[0](activation)
         for norm, convolution in zip(self.norms[1:], self.convolutions[1:], strict=True):
             residual = convolution(F.relu(norm(residual)))

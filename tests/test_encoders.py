@@ -95,6 +95,22 @@ def test_channel_norm_is_over_channels_of_one_position():
     torch.testing.assert_close(ChannelNorm(6)(images), expected)
 
 
+@pytest.mark.parametrize("width", [4, 6, 8])
+def test_narrow_trunks_have_the_same_gradients_in_either_memory_layout(width):
+    """Below 8 channels oneDNN's strided 1x1 corrupted the heap here on AVX2: wrong gradients, then an abort."""
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        trunk = resnet_small(width=width, norm="none").to(memory_format=layout)
+        images = torch.rand(32, 3, 28, 28).to(memory_format=layout)
+        for _ in range(5):
+            trunk.zero_grad()
+            trunk(images).square().sum().backward()
+        gradients.append([p.grad for p in trunk.parameters()])
+    for usual, last in zip(*gradients, strict=True):
+        torch.testing.assert_close(last, usual, rtol=1e-3, atol=1e-3 * float(usual.abs().max()))
+
+
 def test_a_block_of_zero_weights_is_the_identity():
     """Pre-activation: the residual branch is added to an untouched stream."""
     encoder = resnet_small(4, blocks=(1,))
