@@ -1,0 +1,276 @@
+"""Few labels from the command line: `accelerate launch tools/finetune.py run=DIR fraction=0.1 [overrides]`.
+
+SimCLRv2's second step (Chen et al. 2020b, section 2), for any run: a classifier on its encoder, and where asked for on
+the first layers of its projection head, both trained on with the labels of a few training images. With run=null the
+same from scratch, which is the baseline. Test images are looked at once, at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from contrastive_core.data import BadImages, ImageDataset, Splits, label_fraction, labels_per_class
+from contrastive_core.evaluate.features import extract_features
+from contrastive_core.methods.classifier import Classifier
+from cpc.entry import build, check_complete, command, start_accelerator
+from cpc.features import FrozenClassifier, classifier_card, load_classifier, load_head, read_card, read_encoder
+from cpc.pretrain import PretrainSchema, encoder_card
+from cpc.run import Pieces, check_numbers, train_run
+
+LARGEST_CONFUSION = 100
+"""Classes up to which the confusion matrix is written down."""
+
+WHICH_LABELS = ("fraction", "labels", "labels_per_class")
+
+
+@dataclass(kw_only=True)
+class FinetuneSchema(PretrainSchema):
+    """Types of the top-level keys of configs/finetune.yaml."""
+
+    run: str | None
+    fraction: float | None
+    labels: int | None
+    labels_per_class: int | None
+    label_seed: int
+    head_layer: int
+    frozen: bool
+    label_smoothing: float
+    encoder: Any = None
+    data: Any = None
+    augmentation: dict[str, Any] = field(default_factory=lambda: {"crop": None, "flip": None})
+
+
+def recipe_of(data: str | None) -> str:
+    """The recipe that a data set brings, by the name of its configuration: the choice of the group `recipe`."""
+    return "none" if data in (None, "None", "null") else f"images/{data}"
+
+
+OmegaConf.register_new_resolver("recipe_of", recipe_of, replace=True)
+
+
+# ---- what a run that is gone on from decides ----
+
+
+def take_over_(cfg: DictConfig, run: str) -> None:
+    """Fill in what a run decides: what images its encoder is fed, and where none are given, its data and its flips.
+
+    Raises FileNotFoundError and ValueError where it is no run, or says of its data what cannot be followed.
+    """
+    fed = read_card(run)[1]["input"]
+    cfg.image_size, cfg.load_size = fed["image_size"], fed.get("load_size") or fed["image_size"]
+    cfg.mean, cfg.std = list(fed["mean"]), list(fed["std"])
+    written = Path(run) / "config.yaml" if Path(run).is_dir() else Path(run).with_name("config.yaml")
+    before: Any = OmegaConf.load(written) if written.is_file() else OmegaConf.create()
+    if cfg.data is None:
+        cfg.data = _data_of(before, written)
+    own = before.get("augmentation") or {}
+    for name in ("crop", "flip"):
+        if cfg.augmentation.get(name) is None:
+            cfg.augmentation[name] = own.get(name)
+    if cfg.augmentation.flip is None and _never_flips(before):
+        cfg.augmentation.flip = 0.0
+
+
+def _data_of(before: Any, written: Path) -> dict[str, Any]:
+    if before.get("data") is None:
+        raise FileNotFoundError(f"no {written} that says on which data the run was trained: pass data=NAME")
+    # a run's folder may come from anyone: of what it names, only our own readers are called
+    if not str(before.data._target_).startswith("contrastive_core.data."):
+        raise ValueError(f"{written} reads its data through {before.data._target_}, which is not ours: pass data=NAME")
+    return {**before.data, "size": "${load_size}"}
+
+
+def _never_flips(before: Any) -> bool:
+    """Whether a run cut its images into patches and flipped none of them: they may have a handedness."""
+    steps = OmegaConf.select(before, "views.image_augment")
+    return steps is not None and not any("Flip" in str(step.get("_target_")) for step in steps)
+
+
+def architecture_node(card: dict[str, Any]) -> dict[str, Any]:
+    """The encoder of a card as a configuration writes it."""
+    described = card["architecture"]
+    return {"_target_": described["name"], **described["arguments"]}
+
+
+# ---- which labels, and which test images ----
+
+
+def check_which_labels(cfg: DictConfig) -> None:
+    """Raise ValueError unless exactly one of fraction, labels and labels_per_class is given."""
+    given = [f"{name}={cfg[name]}" for name in WHICH_LABELS if cfg[name] is not None]
+    if len(given) != 1:
+        raise ValueError(f"{' and '.join(given) or 'no labels'} asked for: pass one of {', '.join(WHICH_LABELS)}")
+
+
+def chosen_labels(cfg: DictConfig, labels: Tensor) -> Tensor:
+    """The images whose labels are used: sorted indices into `labels` (`n` int64, -1 = none).
+
+    Raises ValueError where there are not enough, or `cfg.labels` is no multiple of the number of classes.
+    """
+    if cfg.fraction is not None:
+        return label_fraction(labels, cfg.fraction, seed=cfg.label_seed)
+    if cfg.labels_per_class is not None:
+        return labels_per_class(labels, cfg.labels_per_class, seed=cfg.label_seed)
+    classes = max(1, len(labels[labels >= 0].unique()))
+    if cfg.labels % classes or cfg.labels < 1:
+        below = max(classes, cfg.labels // classes * classes)
+        raise ValueError(f"labels={cfg.labels} for {classes} classes: pass a multiple, {below} or {below + classes}")
+    return labels_per_class(labels, cfg.labels // classes, seed=cfg.label_seed)
+
+
+def labelled_test(splits: Splits, classes: int) -> ImageDataset:
+    """The test images that have a label, which must be one of `classes`; ValueError where there are none."""
+    if splits.test is None:
+        raise ValueError("there are no test images: pass data.test=FILE, or a folder with train/ and test/")
+    chosen = (splits.test.labels >= 0).nonzero().flatten()
+    if not len(chosen):
+        raise ValueError("no test image has a label: the data needs a `label` column or class folders")
+    highest = int(splits.test.labels.max())
+    if highest >= classes:
+        raise ValueError(f"the test images have classes up to {highest}, there are {classes}: pass data of as many")
+    return splits.test.subset(chosen)
+
+
+# ---- how good it is ----
+
+
+def confusion(
+    classifier: FrozenClassifier, images: ImageDataset, accelerator: Accelerator, *, workers: int, bad_images: float
+) -> Tensor:
+    """How many images of each class (rows) were taken for each (columns): `classes classes` int64, of all processes.
+
+    Each process classifies every so-manieth image, in eval mode.
+    """
+    mine = images.subset(torch.arange(accelerator.process_index, len(images), accelerator.num_processes))
+    with accelerator.autocast():
+        logits, labels = extract_features(
+            classifier.to(accelerator.device),
+            mine,
+            batch_size=classifier.encoder.batch_size,
+            device=accelerator.device,
+            workers=workers,
+            bad_images=BadImages(bad_images),
+        )
+    classes = len(classifier.class_names)
+    counts = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
+    summed: Tensor = accelerator.reduce(counts.to(accelerator.device), reduction="sum")
+    return summed.cpu().reshape(classes, classes)
+
+
+def accuracy_of(table: Tensor) -> float:
+    """The share of images on the diagonal of a confusion matrix. Example: the identity gives 1."""
+    return (table.diagonal().sum().double() / table.sum()).item()
+
+
+def write_tests(cfg: DictConfig, run_dir: Path, runs: dict[str, Path], images: ImageDataset, labels: int) -> None:
+    """Test what each of `runs` (a name, a folder) exported and write `run_dir/evaluation.json`; all processes call it.
+
+    A row each, and the first one's confusion matrix. `labels`: how many the run in `run_dir` has seen.
+    """
+    accelerator = start_accelerator(
+        precision=cfg.precision, device=cfg.device, threads=cfg.threads, accumulate=cfg.accumulate
+    )
+    options = {"workers": cfg.workers, "bad_images": cfg.bad_images}
+    classifiers = {name: load_classifier(folder) for name, folder in runs.items()}
+    tables = {name: confusion(each, images, accelerator, **options) for name, each in classifiers.items()}
+    if accelerator.is_main_process:
+        rows = [
+            {"encoder": name, "mode": "image", "readout": "mean", "probe": "classifier", "accuracy": accuracy_of(table)}
+            for name, table in tables.items()
+        ]
+        record: dict[str, Any] = {"run": str(run_dir), "torch": torch.__version__, "labels": labels}
+        record |= {"test_images": len(images), "rows": rows}
+        first = next(iter(runs))
+        if len(tables[first]) <= LARGEST_CONFUSION:
+            record["class_names"] = list(classifiers[first].class_names)
+            record["confusion"] = tables[first].tolist()
+        (run_dir / "evaluation.partial").write_text(json.dumps(record) + "\n")
+        (run_dir / "evaluation.partial").rename(run_dir / "evaluation.json")
+        for row in rows:
+            print(f"{row['encoder']}: test accuracy {row['accuracy']:.4f}")
+        print(f"written to {run_dir / 'evaluation.json'}")
+    accelerator.wait_for_everyone()
+
+
+# ---- the run ----
+
+
+def settle_(cfg: DictConfig) -> None:
+    """Fill in what the run decides, and check what needs no data. A later protocol of more phases begins here too."""
+    if OmegaConf.is_missing(cfg, "run"):
+        raise ValueError("not given: run; pass run=DIR, a finished run's folder, or run=null to train from scratch")
+    check_which_labels(cfg)
+    if cfg.run is None:
+        if cfg.encoder is None or cfg.data is None:
+            raise ValueError("run=null trains from scratch: pass encoder=NAME and data=NAME, or run=DIR")
+        if cfg.head_layer != 0:
+            raise ValueError(f"head_layer={cfg.head_layer} with run=null, which has no head: pass head_layer=0")
+    else:
+        if cfg.encoder is not None:
+            raise ValueError("the encoder is that of run=DIR: leave encoder=NAME out, or pass run=null")
+        cfg.encoder = architecture_node(read_card(cfg.run)[1])
+        take_over_(cfg, cfg.run)
+    check_complete(cfg)
+    check_numbers(cfg)
+    build_classifier(cfg, 2)  # a head without such a layer, or another's weights
+
+
+def build_classifier(cfg: DictConfig, classes: int) -> tuple[Classifier, dict[str, Any] | None]:
+    """What is trained, and the arguments of the head whose first layers it keeps, None where it keeps none."""
+    options = {"classes": classes, "frozen": cfg.frozen, "label_smoothing": cfg.label_smoothing}
+    if cfg.run is None:
+        return Classifier(build(cfg.encoder), **options), None
+    head = load_head(cfg.run) if cfg.head_layer != 0 else None
+    kept = None if head is None else head.upto(cfg.head_layer)
+    encoder, _ = read_encoder(cfg.run)
+    return Classifier(encoder, head=kept, **options), None if head is None else head.arguments
+
+
+def finetune(cfg: DictConfig) -> Path:
+    """Run one configuration to its end, test included; returns the run's folder."""
+    settle_(cfg)
+    splits: Splits = build(cfg.data)
+    chosen = chosen_labels(cfg, splits.train.labels)
+    few, test = splits.train.subset(chosen), labelled_test(splits, splits.train.classes)
+    if len(few) < cfg.batch_size:
+        cfg.batch_size = max(cfg.accumulate, len(few) // cfg.accumulate * cfg.accumulate)
+
+    def pieces() -> Pieces:
+        method, head = build_classifier(cfg, few.classes)
+        card = encoder_card(cfg, method) | classifier_card(few.class_names, head, cfg.head_layer)
+        return Pieces(method, build(cfg.views), few, card)
+
+    run_dir = train_run(cfg, pieces)
+    write_tests(cfg, run_dir, {"fine-tuned" if cfg.run else "from scratch": run_dir}, test, len(few))
+    return run_dir
+
+
+OF_THE_RUN = ("load_size", "image_size", "mean", "std")
+
+
+def refuse_what_a_run_decides(run: str | None) -> None:
+    """Raise ValueError where the command line says how large images are, and a run has said so before."""
+    given = HydraConfig.get().overrides.task if run and HydraConfig.initialized() else []
+    taken = [override for override in given if override.split("=")[0] in OF_THE_RUN]
+    if taken:
+        raise ValueError(f"{', '.join(taken)}: images are fed as to {run}, leave it out")
+
+
+def _from_the_command_line(cfg: DictConfig) -> None:
+    refuse_what_a_run_decides(None if OmegaConf.is_missing(cfg, "run") else cfg.run)
+    finetune(cfg)
+
+
+main = command("finetune", _from_the_command_line, schema=FinetuneSchema)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""SimCLRv2 in one command: `accelerate launch tools/simclr_v2.py fraction=0.1 out=DIR [overrides]`.
+
+Pre-train without labels, fine-tune with a few, distil with all images (Chen et al. 2020b): three runs, each of its own
+tool's configuration in a folder of its own under `out`, and `summary.json` with what each is worth on the test images.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+from accelerate import Accelerator
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from contrastive_core.data import BadImages, ImageDataset, Splits
+from contrastive_core.evaluate.features import extract_features
+from contrastive_core.evaluate.linear import linear_probe
+from contrastive_core.plots import format_table
+from cpc.distill import distill
+from cpc.entry import build, check_complete, command, start_accelerator
+from cpc.features import load_encoder
+from cpc.finetune import WHICH_LABELS, check_which_labels, chosen_labels, finetune, labelled_test
+from cpc.pretrain import build_method, pretrain
+from cpc.run import check_numbers
+from cpc.run_folder import checkpoint_to_resume, claimed
+
+SHARED = ("seed", "precision", "device", "workers", "threads")
+
+
+@dataclass
+class SimCLRv2Schema:
+    """Types of the top-level keys of configs/simclr_v2.yaml."""
+
+    out: str
+    fraction: float | None
+    labels: int | None
+    labels_per_class: int | None
+    label_seed: int
+    supervised: bool
+    seed: int
+    precision: str
+    device: str | None
+    workers: int
+    threads: int | None
+    encoder: Any
+    data: Any
+    pretrain: Any = field(default_factory=dict)
+    finetune: Any = field(default_factory=dict)
+    distill: Any = field(default_factory=dict)
+
+
+class Step(NamedTuple):
+    """A run: its name, what runs it, its configuration, and the file that it writes last."""
+
+    name: str
+    job: Callable[[DictConfig], Path]
+    cfg: DictConfig
+    last_file: str
+
+
+# ---- the configurations of the steps ----
+
+
+def flattened(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values. Example: {"a": {"b": 1}, "c": 2} gives ("a.b", 1), ("c", 2)."""
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def as_override(name: str, value: Any) -> str:
+    """A key and its value as hydra reads them. Example: ("run_dir", "a b") gives "run_dir='a b'"."""
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value):
+        return name + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def step_config(cfg: DictConfig, tool: str, own: dict[str, Any]) -> DictConfig:
+    """The configuration of one tool: what the steps share, then its `own`, then what the command line says of it."""
+    theirs = OmegaConf.to_container(cfg[tool], resolve=False)
+    assert isinstance(theirs, dict)
+    given = {name: cfg[name] for name in SHARED} | own | dict(flattened(theirs))  # type: ignore[arg-type]
+    return hydra.compose(tool, [as_override(name, value) for name, value in given.items()])
+
+
+def node(cfg: DictConfig, name: str) -> Any:
+    """A group as it was composed, its references not yet resolved: they are to other keys of a step's configuration."""
+    return OmegaConf.to_container(cfg[name], resolve=False)
+
+
+def steps_of(cfg: DictConfig, choices: Mapping[str, str]) -> list[Step]:
+    """The runs in order, composed. Those after the first take what images are fed as, and whole images, from it."""
+    out, groups = Path(cfg.out), {name: choices[name] for name in ("data", "encoder")}
+    which = {name: cfg[name] for name in (*WHICH_LABELS, "label_seed")}
+
+    def place(name: str) -> dict[str, Any]:
+        return {"run_dir": str(out / name), "resume": "auto"}
+
+    first = step_config(cfg, "pretrain", {"method": "simclr_v2", **groups, **place("pretrain")})
+    for name in set(groups) - set(cfg.pretrain):
+        first[name] = node(cfg, name)
+    data = {"data": groups["data"]}
+
+    from_first = {"run": str(out / "pretrain"), "head_layer": 1, **which, **data, **place("finetune")}
+    second = step_config(cfg, "finetune", from_first)
+    temperature = 1.0 if "encoder" in cfg.distill else 0.1
+    third = step_config(
+        cfg, "distill", {"teacher": str(out / "finetune"), "temperature": temperature, **data, **place("distill")}
+    )
+    steps = [
+        Step("pretrain", pretrain, first, "encoder.json"),
+        Step("finetune", finetune, second, "evaluation.json"),
+        Step("distill", distill, third, "evaluation.json"),
+    ]
+    if cfg.supervised:
+        scratch = step_config(cfg, "finetune", from_first)
+        scratch.run, scratch.head_layer, scratch.frozen = None, 0, False
+        scratch.encoder, scratch.run_dir = first.encoder, str(out / "supervised")
+        for name in ("load_size", "image_size", "mean", "std", "norm"):
+            scratch[name] = first[name]
+        steps.append(Step("supervised", finetune, scratch, "evaluation.json"))
+    for step in steps[1:]:
+        step.cfg.data = node(cfg, "data")
+    return steps
+
+
+# ---- what came out ----
+
+
+def probe_pretrained(cfg: DictConfig, few: ImageDataset, test: ImageDataset, accelerator: Accelerator) -> float:
+    """Accuracy of a linear probe on the frozen encoder, whole images, with the few labels."""
+    encoder = load_encoder(Path(cfg.out) / "pretrain", mode="image").to(accelerator.device)
+    options = {"batch_size": encoder.batch_size, "device": accelerator.device, "workers": cfg.workers}
+    with accelerator.autocast():
+        features = [extract_features(encoder, part, bad_images=BadImages(0.01), **options) for part in (few, test)]
+    return linear_probe(*features[0], *features[1]).accuracy
+
+
+def tested(run: Path) -> float:
+    """The accuracy that a run of tools/finetune.py or tools/distill.py has written down for itself."""
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    return float(rows[0]["accuracy"])
+
+
+def summarise(cfg: DictConfig, few: ImageDataset, test: ImageDataset, accelerator: Accelerator) -> dict[str, Any]:
+    """What `summary.json` says, by the main process."""
+    out = Path(cfg.out)
+    accuracies = {
+        "pretrained, linear probe": probe_pretrained(cfg, few, test, accelerator),
+        "fine-tuned": tested(out / "finetune"),
+        "distilled": tested(out / "distill"),
+    }
+    if cfg.supervised:
+        accuracies["from scratch"] = tested(out / "supervised")
+    which = {name: cfg[name] for name in WHICH_LABELS if cfg[name] is not None}
+    return {**which, "label_seed": cfg.label_seed, "train_labels": len(few), "test_images": len(test), **accuracies}
+
+
+def simclr_v2(cfg: DictConfig) -> Path:
+    """All steps that have not finished, then the summary; returns its path. Every process calls it."""
+    if OmegaConf.is_missing(cfg, "out"):
+        raise ValueError("not given: out; pass out=DIR, a new folder or that of a summary to go on with")
+    check_which_labels(cfg)
+    steps = steps_of(cfg, HydraConfig.get().runtime.choices)
+    first = steps[0].cfg
+    check_complete(first)
+    check_numbers(first)
+    build_method(first)
+    # whatever is wrong with the labels is best said before hours of pre-training
+    splits: Splits = build(first.data)
+    few = splits.train.subset(chosen_labels(cfg, splits.train.labels))
+    test = labelled_test(splits, splits.train.classes)
+
+    accelerator = start_accelerator(precision=cfg.precision, device=cfg.device, threads=cfg.threads)
+    out, config = Path(cfg.out), OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(config, dict)
+    checkpoint_to_resume(out, config, resume=True)  # type: ignore[arg-type]  # another command's folder is refused
+    with claimed(out, config, accelerator, resume=True):  # type: ignore[arg-type]
+        for step in steps:
+            if not (out / step.name / step.last_file).is_file():
+                step.job(step.cfg)
+            accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            summary = summarise(cfg, few, test, accelerator)
+            (out / "summary.partial").write_text(json.dumps(summary, indent=1) + "\n")
+            (out / "summary.partial").rename(out / "summary.json")
+            print(format_table([summary]))
+            print(f"written to {out / 'summary.json'}")
+        accelerator.wait_for_everyone()
+    return out / "summary.json"
+
+
+main = command("simclr_v2", simclr_v2, schema=SimCLRv2Schema)
+
+# what a step is to do otherwise is any key of its own configuration, which refuses what it does not know
+_OPEN = OmegaConf.structured(SimCLRv2Schema)
+for _tool in ("pretrain", "finetune", "distill"):
+    OmegaConf.set_struct(_OPEN[_tool], False)
+ConfigStore.instance().store("simclr_schema", _OPEN)
+
+if __name__ == "__main__":
+    main()
