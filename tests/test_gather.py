@@ -94,4 +94,5 @@ def test_cpc_on_two_processes_is_the_joint_batch_on_one(two_processes):
     for i, joint in enumerate(gradients):
         close(sum(result["gradients"][i] for result in two_processes) / 2, joint)
     close(torch.cat([result["image_gradient"] for result in two_processes]) / 2, image_gradient)
-    assert all(result["chance_loss"] == metrics["chance_loss"] for result in two_processes)
+    for result in two_processes:  # a mean over other rows: the last bit may differ
+        close(result["chance_loss"], metrics["chance_loss"])
