@@ -59,7 +59,7 @@ IMAGES += [
     "momentum.byol=0.97",
     "temperature.cosine=0.2",
 ]
-SGD_RATES = ["0.03", "0.1", "0.3"]
+SGD_RATES = ["0.01", "0.03", "0.1"]
 # patches of 12 px at stride 5, as experiment=cifar10_cpc
 PATCHES = ["batch_size=32", "patch.size=12", "patch.stride=5", "method.offsets=[2,3]", "method.context.width=64"]
 PATCHES += ["method.context.layers=3", "temperature.dot=1.0", "views.patch_augment.magnitude=0.5"]
@@ -137,12 +137,12 @@ class Family:
         options += [] if rate is None else [f"optimizer.lr={rate}"]
         resume = ["resume=auto"] if (folder / "config.yaml").is_file() else []
         command = python("tools/pretrain.py", *options, f"steps={steps}", f"run_dir={folder}", *resume)
-        return run_costed(command, log=folder.with_suffix(".log"))
+        return run_costed(command, log=self.out / f"{folder.name}.log")
 
     def evaluate(self, folder: Path, test: Path, *options: str) -> list[dict[str, Any]]:
         """kNN and linear probes of a run's encoder on all 10,000 labels."""
         data = ["data=parquet", f"data.train={self.train}", f"data.test={test}", "threads=1"]
-        run_costed(python("tools/evaluate.py", f"run={folder}", *data, *options), log=folder.with_suffix(".log"))
+        run_costed(python("tools/evaluate.py", f"run={folder}", *data, *options), log=self.out / f"{folder.name}.log")
         rows: list[dict[str, Any]] = json.loads((folder / "evaluation.json").read_text())["rows"]
         return rows
 
