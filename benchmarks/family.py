@@ -9,7 +9,7 @@ The parquet files hold a column `image` of encoded bytes and a column `label`. T
 
 How it goes: `rates` measures, alternating and alone on the machine, how many images a second of processor time each
 method takes; from that follows the number of steps of each cell, so that what a cell computes does not depend on what
-else the machine does. `settings` tries three learning rates for every method, a sixth of the budget each, and takes
+else the machine does. `settings` tries three learning rates for every method, a tenth of the budget each, and takes
 the best linear probe on 5,000 other training images. `cells` trains: three seeds for SimCLR and CPC, one for the rest.
 Test labels are used once, for the cells. Each result is written as it ends, to results/family_book.json, and a finished
 one is skipped: run the same command again to go on. `--side-by-side 2` trains two cells at once, a thread each.
@@ -190,7 +190,7 @@ class Family:
 
     def settings(self, rates: dict[str, float]) -> dict[str, str]:
         """The best of three learning rates for every method, by the linear probe."""
-        steps = {method: round(BUDGET / 6 * rates[method] / batch_size(method)) for method in METHODS}
+        steps = {method: round(BUDGET / 10 * rates[method] / batch_size(method)) for method in METHODS}
         names = [(method, rate) for method in METHODS for rate in rates_of(method)]
 
         def work(cell: tuple[str, str]) -> Any:
