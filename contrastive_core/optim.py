@@ -91,7 +91,9 @@ def set_learning_rate_(optimizer: Optimizer, factor: float) -> float:
 # ---- parameter groups ----
 
 
-def parameter_groups(module: nn.Module, *, exclude: bool = True, constant_rate: Sequence[str] = ()) -> list[Group]:
+def parameter_groups(
+    module: nn.Module, *, exclude: bool = True, exclude_also: Sequence[str] = (), constant_rate: Sequence[str] = ()
+) -> list[Group]:
     """The parameters that learn, in the groups that an optimizer takes: each parameter once, no group empty.
 
     Args:
@@ -99,28 +101,32 @@ def parameter_groups(module: nn.Module, *, exclude: bool = True, constant_rate: 
         exclude: put biases and normalisation (every parameter of at most one dimension, and all of a BatchNorm,
             InstanceNorm, GroupNorm, LayerNorm or RMSNorm) in groups with `weight_decay=0.0, adapt=False`: without decay
             and without LARS's trust ratio, as SimCLR and BYOL have it. False: one rule for all (SimSiam, MoCo v1).
-        constant_rate: the beginnings of names, in whole parts ("predictor" is "predictor.0.weight", and not
-            "predictors.weight"), of parameters for groups with `constant_rate=True`, which `set_learning_rate_` leaves
-            at the base rate (SimSiam's predictor).
+        exclude_also: the beginnings of names, in whole parts ("predictor" is "predictor.0.weight", and not
+            "predictors.weight"), of parameters that join those left out: a classifier that starts at zero, whose steps
+            the trust ratio would hold at a thousandth of next to nothing (google-research/simclr's `head_supervised`).
+        constant_rate: likewise, for groups with `constant_rate=True`, which `set_learning_rate_` leaves at the base
+            rate (SimSiam's predictor).
 
     The order is fixed: constant rates last, decayed before excluded, and in a group the module's own. torch's
     optimizers keep the keys that they do not know.
 
-    Raises ValueError for a name in `constant_rate` that no such parameter begins with.
+    Raises ValueError for a name in `exclude_also` or `constant_rate` that no such parameter begins with.
 
     Example: `parameter_groups(nn.Linear(3, 2))` is [{"params": [weight]},
     {"params": [bias], "weight_decay": 0.0, "adapt": False}].
     """
     learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    for beginning in constant_rate:
-        if not any(_begins(name, beginning) for name in learning):
-            known = ", ".join(dict.fromkeys(name.split(".")[0] for name in learning))
-            raise ValueError(f"constant_rate={beginning!r} begins no learned parameter's name: pass one of {known}")
+    for argument, beginnings in {"exclude_also": exclude_also, "constant_rate": constant_rate}.items():
+        for beginning in beginnings:
+            if not any(_begins(name, beginning) for name in learning):
+                known = ", ".join(dict.fromkeys(name.split(".")[0] for name in learning))
+                raise ValueError(f"{argument}={beginning!r} begins no learned parameter's name: pass one of {known}")
     norms = {id(p) for layer in module.modules() if isinstance(layer, _NORMS) for p in layer.parameters()}
     found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in learning.items():
         constant = any(_begins(name, beginning) for beginning in constant_rate)
         excluded = exclude and (parameter.ndim <= 1 or id(parameter) in norms)
+        excluded = excluded or any(_begins(name, beginning) for beginning in exclude_also)
         found.setdefault((constant, excluded), []).append(parameter)
     return [
         {"params": found[constant, excluded]}

@@ -58,6 +58,7 @@ class PretrainSchema:
     momentum: dict[str, float]
     schedule: Any
     exclude: bool
+    exclude_also: list[str]
     constant_rate: list[str]
     clip: float | None
     averaging: float | None

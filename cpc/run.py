@@ -202,7 +202,9 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     method.to(memory_format=torch.channels_last)
     if cfg.global_batch_norm and accelerator.num_processes > 1:
         method = cast(Method, globalize_batch_norm(method))
-    groups = parameter_groups(method, exclude=cfg.exclude, constant_rate=cfg.constant_rate)
+    groups = parameter_groups(
+        method, exclude=cfg.exclude, exclude_also=cfg.exclude_also, constant_rate=cfg.constant_rate
+    )
     optimizer = build(cfg.optimizer, groups, _partial_=False)
     schedule = build(cfg.schedule)
 

@@ -114,7 +114,9 @@ def check_method_on_images(cfg):
         encoder = build(cfg.encoder)
         method = build(cfg.method, encoder=encoder, **filled)
         features = encoder(torch.empty(2, 3, cfg.image_size, cfg.image_size))
-        groups = parameter_groups(method, exclude=cfg.exclude, constant_rate=cfg.constant_rate)
+        groups = parameter_groups(
+            method, exclude=cfg.exclude, exclude_also=cfg.exclude_also, constant_rate=cfg.constant_rate
+        )
         optimizer = build(cfg.optimizer, groups, _partial_=False)
     assert features.shape == (2, encoder.dim)
     assert 0 <= build(cfg.schedule)(0.5) <= 1
@@ -166,7 +168,7 @@ NUMBERS = {
                         "exclude": True, "global_batch_norm": True, "method.loss.temperature": 0.1,
                         "schedule.warmup": 0.1, "method.head.layers": 2, "method.head.out": 128},
     "imagenet_simclr_v2": {"steps": 249600, "batch_size": 4096, "optimizer._target_": LARS, "optimizer.lr": 6.4,
-                           "optimizer.weight_decay": 1e-4, "exclude": True, "method.temperature": 0.1,
+                           "optimizer.weight_decay": 5e-5, "exclude": True, "method.temperature": 0.1,
                            "method.head.layers": 3, "method.memory": 65536, "method.momentum": 0.999,
                            "encoder.depth": 50, "encoder.width": 1, "encoder.sk": False},
     "imagenet_simclr_v2_152_3x_sk": {"steps": 249600, "encoder.depth": 152, "encoder.width": 3, "encoder.sk": True},
@@ -186,7 +188,8 @@ NUMBERS = {
     "imagenet_moco_v3_vit": {"steps": 93600, "batch_size": 4096, "optimizer._target_": "torch.optim.AdamW",
                              "optimizer.lr": 2.4e-3, "optimizer.weight_decay": 0.1, "exclude": False,
                              "method.temperature": 0.2, "method.head.layers": 3,
-                             "method.predictor.output_norm": "plain", "encoder.image_size": 224},
+                             "method.predictor.output_norm": "plain", "encoder.image_size": 224,
+                             "augmentation.crop": [0.08, 1.0]},
     "imagenet_pirl": {"steps": 1000800, "batch_size": 1024, "optimizer.lr": 0.12, "optimizer.weight_decay": 1e-4,
                       "exclude": True, "method.temperature": 0.07, "method.negatives": 32000,
                       "method.momentum": 0.5, "method.form": "nce"},
@@ -203,7 +206,7 @@ NUMBERS = {
     "imagenet100_byol": {"steps": 197600, "optimizer.lr": 0.45, "method.momentum": 0.99,
                          "method.predictor.hidden": 8192, "method.head.hidden": 4096},
     "cifar10_simclr": {"steps": 97000, "batch_size": 512, "optimizer._target_": LARS, "optimizer.lr": 2.0,
-                       "optimizer.weight_decay": 1e-4, "exclude": True, "method.loss.temperature": 0.5,
+                       "optimizer.weight_decay": 5e-5, "exclude": True, "method.loss.temperature": 0.5,
                        "augmentation.strength": 0.5, "augmentation.blur": 0.0, "encoder.small_stem": True},
     "cifar10_moco_v2": {"steps": 19400, "batch_size": 512, "optimizer.lr": 0.06, "optimizer.weight_decay": 5e-4,
                         "exclude": False, "method.temperature": 0.1, "method.queue_size": 4096,

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import DualGraphModule
 
 from contrastive_core.data import BadImages, ImageDataset, TooManyBadImages
+from contrastive_core.encoders import TorchvisionTrunk
 from contrastive_core.evaluate import knn, linear
 from contrastive_core.evaluate.baselines import (
     logistic_probe,
@@ -74,6 +76,15 @@ def test_a_module_is_in_eval_mode_meanwhile_and_as_it_was_afterwards() -> None:
     assert torch.allclose(features, torch.arange(4)[:, None].expand(4, 192) / 255 / math.sqrt(1 + 1e-5))
     assert [module.training for module in encoder] == [True, True, False]
     assert int(encoder[1].num_batches_tracked) == 0
+
+
+def test_a_trunk_of_torchvision_is_on_its_training_graph_again_afterwards() -> None:
+    """Its extractor holds a graph for each mode, which only `train` exchanges: a flag put back is not enough."""
+    trunk = TorchvisionTrunk("resnet18")
+    extractor = next(module for module in trunk.modules() if isinstance(module, DualGraphModule))
+    extract_features(trunk, arrays(2))
+    assert extractor.training
+    assert extractor.graph is extractor.train_graph
 
 
 def test_autocast_gives_float32_near_the_full_precision() -> None:

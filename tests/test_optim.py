@@ -152,11 +152,46 @@ def test_a_norm_of_any_shape_is_excluded_and_a_shared_weight_counts_once():
     assert parameter_groups(nn.Linear(1, 1).requires_grad_(False)) == []
 
 
+@pytest.mark.parametrize("argument", ["exclude_also", "constant_rate"])
 @pytest.mark.parametrize("beginning", ["predicto", "frozen", "0", "", "bias"])
-def test_a_beginning_that_nothing_has_is_named(beginning):
-    message = f"constant_rate={beginning!r} begins no learned parameter's name: pass one of predictor, predictors, enc"
+def test_a_beginning_that_nothing_has_is_named(beginning, argument):
+    message = f"{argument}={beginning!r} begins no learned parameter's name: pass one of predictor, predictors, enc"
     with pytest.raises(ValueError, match=re.escape(message)):
-        parameter_groups(siamese(), constant_rate=["predictor", beginning])
+        parameter_groups(siamese(), **{argument: ["predictor", beginning]})
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+def test_other_parameters_can_be_excluded_by_name(exclude):
+    module = nn.ModuleDict({"trunk": nn.Linear(3, 3), "classifier": nn.Linear(3, 2)})
+    groups = parameter_groups(module, exclude=exclude, exclude_also=["classifier"])
+    biases = ["trunk.bias"] if exclude else []
+    kept = [] if exclude else ["trunk.bias"]
+    assert named(module, groups) == [
+        ["trunk.weight", *kept],
+        [*biases, "classifier.weight", "classifier.bias"],
+    ]
+    assert settings(groups)[-1] == EXCLUDED
+
+
+def test_lars_learns_a_classifier_that_starts_at_zero_only_where_it_does_not_adapt_it():
+    """The ratio holds a weight near 0 to a thousandth of next to nothing: it keeps its first batch's direction."""
+    torch.manual_seed(0)
+    means = torch.nn.functional.normalize(torch.randn(100, 64), dim=1)
+
+    def loss_after_training(exclude_also):
+        classifier = nn.ModuleDict({"classifier": nn.Linear(64, 100, bias=False)})
+        nn.init.zeros_(classifier["classifier"].weight)
+        optimizer = LARS(parameter_groups(classifier, exclude_also=exclude_also), lr=0.16)
+        for step in range(100):
+            labels = torch.randint(100, (64,), generator=torch.Generator().manual_seed(step))
+            loss = nn.functional.cross_entropy(classifier["classifier"](8 * means[labels]), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    assert loss_after_training(["classifier"]) < 0.05
+    assert loss_after_training([]) > 2  # log 100 = 4.6
 
 
 OPTIMIZERS = {

@@ -383,14 +383,15 @@ def _jitter(
     steps: Sequence[tuple[_Operation, float, float]],
     stream: str,
 ) -> Tensor:
-    """Each (operation, centre, half-width) once, at a level uniform about its centre, in an order drawn per image."""
+    """Each (operation, centre, half-width) once, at a level uniform in its range, in an order drawn per image."""
     if probability == 0:
         return images
     check_images(images)
     chosen = randomness.bernoulli(f"{stream}/chosen", probability)
     centre, half_width = torch.tensor([(centre, half_width) for _, centre, half_width in steps]).unbind(1)
-    levels = centre + half_width * randomness.uniform(f"{stream}/level", len(steps), low=-1, high=1)
-    levels = torch.where(centre == 1, levels.clamp(min=0), levels)  # a factor is never negative
+    low, high = centre - half_width, centre + half_width
+    low = torch.where(centre == 1, low.clamp(min=0), low)  # a factor is never negative
+    levels = torch.lerp(low, high, randomness.uniform(f"{stream}/level", len(steps)))
     order = randomness.uniform(f"{stream}/order", len(steps)).argsort(dim=1)
     active = [step for step, (_, _, half_width) in enumerate(steps) if half_width]
 

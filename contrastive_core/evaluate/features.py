@@ -75,13 +75,15 @@ def _eval_mode(encode: object) -> Iterator[None]:
     if not isinstance(encode, nn.Module):
         yield
         return
-    training = [module for module in encode.modules() if module.training]
+    before = [(module, module.training) for module in encode.modules()]
     encode.eval()
     try:
         yield
     finally:
-        for module in training:  # one by one: a module may hold frozen parts in eval mode
-            module.training = True
+        # through `train`, which is more than a flag for torchvision's feature extractors; parents come before their
+        # children, so that frozen parts in eval mode have the last word
+        for module, training in before:
+            module.train(training)
 
 
 def pool_grid(latents: Tensor, cells: int) -> Tensor:

@@ -54,6 +54,9 @@ class PIRL(Method):
         weight: of the tiles' loss against the image's, 0.5.
         form: "nce" or "info_nce".
 
+    Every micro-batch of a step draws the same rows but for its own images': under accumulation a negative may be an
+    image of another micro-batch.
+
     Raises ValueError for another form, and for another number of tiles.
     """
 

@@ -28,7 +28,7 @@ class SimCLR(Method):
     Args:
         encoder: `b c h w` -> `b d`, with an int attribute `dim`.
         head: `head(dim)` builds the projection head; the paper's has two layers, and its published code BatchNorm at
-            the end as well.
+            the end as well (with a scale and no shift; here with both).
         loss: `loss(z1, z2) -> scalar` over the images of all processes. The paper's temperature is 0.1 for ImageNet
             and 0.5 for CIFAR-10.
 
