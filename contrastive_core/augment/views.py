@@ -351,7 +351,8 @@ def moco_v3(
 ) -> list[nn.Module]:
     """MoCo v3's for a ResNet: `byol`'s with crops of 0.2 .. 1 (Chen, Xie and He 2021, as in the authors' code).
 
-    For a ViT the authors' commands leave the crops at 0.08 .. 1. Differs from the code: it flips last, which gives the same pictures, as no other step tells left from right.
+    For a ViT the authors' commands leave the crops at 0.08 .. 1. Differs from the code: it flips last, which gives the
+    same pictures, as no other step tells left from right.
 
     Args:
         size: pixels a side of the view.
