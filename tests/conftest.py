@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,23 @@ def as_a_new_process() -> Iterator[None]:
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """`with interrupted_at(4): ...`: a run inside is stopped as by Ctrl-C, after the fifth step and its row."""
+    from contrastive_core.run_log import RunLog
+
+    @contextmanager
+    def interrupted(step: int) -> Iterator[None]:
+        def advance(log: RunLog) -> None:
+            if log._bar.n == step:
+                raise KeyboardInterrupt
+            log._bar.update()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunLog, "advance", advance)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return interrupted

@@ -15,7 +15,7 @@ import cpc
 import cpc.distill
 import cpc.simclr_v2
 from contrastive_core.data import mnist5k
-from contrastive_core.run_log import RunLog, read_metrics
+from contrastive_core.run_log import read_metrics
 from cpc.configs import config_folder
 from cpc.distill import distill, distilled_images
 from cpc.features import load_classifier, read_classifier
@@ -140,20 +140,13 @@ def test_labels_are_seen_only_where_asked_for():
     assert torch.equal(images.labels[seen], train.labels[seen])
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, teacher, monkeypatch):
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, teacher, interrupted_at):
     options = ["steps=4", "save_every=2", "weight=0.5", "fraction=0.5", "averaging=0.5"]
     before = (teacher / "classifier.safetensors").read_bytes()
     whole = start(*options, run_dir="whole")
 
-    def interrupted(log):
-        if log._bar.n == 2:
-            raise KeyboardInterrupt
-        log._bar.update()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "advance", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            start(*options, run_dir="parts")
+    with interrupted_at(2):
+        start(*options, run_dir="parts")
     start(*options, "resume=auto", run_dir="parts")
     for name in ("encoder.safetensors", "classifier.safetensors", "encoder.json"):
         assert (whole.parent / "parts" / name).read_bytes() == (whole / name).read_bytes(), name

@@ -15,7 +15,7 @@ import cpc
 import cpc.finetune
 from contrastive_core.data import ImageDataset, Splits, mnist5k
 from contrastive_core.heads import ProjectionHead
-from contrastive_core.run_log import RunLog, read_metrics
+from contrastive_core.run_log import read_metrics
 from cpc.configs import config_folder
 from cpc.features import build_encoder, load_classifier, load_encoder, load_head, read_classifier, read_encoder
 from cpc.finetune import accuracy_of, build_classifier, chosen_labels, confusion, finetune, labelled_test, settle_
@@ -208,19 +208,12 @@ def test_a_few_steps_learn(start):
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, monkeypatch):
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, interrupted_at):
     options = ["steps=4", "save_every=2", "averaging=0.5", "head_layer=1"]
     whole = start(*options, run_dir="whole")
 
-    def interrupted(log):
-        if log._bar.n == 2:
-            raise KeyboardInterrupt
-        log._bar.update()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "advance", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            start(*options, run_dir="parts")
+    with interrupted_at(2):
+        start(*options, run_dir="parts")
     parts = whole.parent / "parts"
     assert not (parts / "evaluation.json").exists()
     with pytest.raises(ValueError, match=r"was run with other settings of labels: use its own"):

@@ -112,18 +112,11 @@ def test_grad_cache_contrasts_all_of_a_steps_images(start):
 OPTIONS = ["steps=6", "averaging=0.9", "accumulate=2", "clip=1.0"]
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, monkeypatch):
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, interrupted_at):
     whole = start(*OPTIONS, run_dir="whole")
 
-    def interrupted(log):
-        if log._bar.n == 4:  # after the row of step 5, two steps after the checkpoint
-            raise KeyboardInterrupt
-        log._bar.update()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "advance", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            start(*OPTIONS, run_dir="parts")
+    with interrupted_at(4):  # after the row of step 5, two steps after the checkpoint
+        start(*OPTIONS, run_dir="parts")
     parts = whole.parent / "parts"
     assert [row["step"] for row in read_metrics(parts)] == [1, 2, 3, 4, 5]
     assert not (parts / "encoder.safetensors").exists()
