@@ -250,7 +250,7 @@ def run_cell(cell: Cell, cfg: DictConfig, *, evaluate_on: str, head: bool) -> di
     if done is not None and done["evaluate_on"] == evaluate_on and ("linear_head" in done or not head):
         return done
     began = time.perf_counter()
-    if not (run / "encoder.safetensors").is_file():
+    if not (run / "encoder.json").is_file():  # the last file that training writes
         with contextlib.redirect_stdout(io.StringIO()):  # where its encoder is: known here
             pretrain(cfg)
     numbers: dict[str, Any] = {**course(run), **probed(run, cfg, evaluate_on, head)}
@@ -382,6 +382,9 @@ def ablate(cfg: DictConfig) -> Path:
     cells = cells_of(grid, list(cfg.overrides))
     planned = [(cell, compose(cell, out)) for cell in cells]  # a mistake is told before anything is run
     evaluation_splits(load_splits(planned[0][1].data), cfg.evaluate_on)
+    learns = [str(cell) for cell, planned_cfg in planned if planned_cfg.method._target_.endswith("Classifier")]
+    if cfg.evaluate_on == "validation" and learns:
+        raise ValueError(f"{learns[0]} trains on the labels it would be validated by: pass evaluate_on=test")
     out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("contrastive_core.data").setLevel(logging.WARNING)  # said once, not again for every cell
     failed = run_cells(grid, out, planned, cfg.evaluate_on)

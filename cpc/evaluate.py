@@ -21,6 +21,7 @@ from contrastive_core.evaluate.report import LabelledFeatures, probe_rows
 from contrastive_core.plots import format_table
 from cpc.entry import build, check_complete, command, start_accelerator
 from cpc.features import MODES, FrozenEncoder, load_encoder, read_card, untrained_encoder
+from cpc.foreign import run_data
 
 
 @dataclass
@@ -95,15 +96,7 @@ def load_splits(cfg: DictConfig, load_size: int) -> Splits:
         check_complete(cfg)
         splits: Splits = build(cfg.data)
         return splits
-    written = Path(cfg.run) / "config.yaml"
-    if not written.is_file():
-        raise FileNotFoundError(f"no config.yaml in {cfg.run} that says on which data it was trained: pass data=NAME")
-    data = OmegaConf.load(written).data
-    # a run's folder may come from anyone: of what it names, only our own readers are called
-    if not str(data._target_).startswith("contrastive_core.data."):
-        raise ValueError(f"{written} reads its data through {data._target_}, which is not ours: pass data=NAME")
-    data.size = cfg.load_size
-    splits = build(data)
+    splits = build(OmegaConf.create({**run_data(cfg.run), "size": cfg.load_size}))
     return splits
 
 

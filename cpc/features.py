@@ -6,7 +6,7 @@ Patch geometry and normalisation travel with the weights in `encoder.json`, so t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import contrastive_core.simclr_resnet
 import cpc.encoders
 from contrastive_core.heads import ProjectionHead
 from contrastive_core.methods.classifier import Classifier
+from cpc.foreign import check_plain
 from cpc.patches import extract_patches, grid_side
 from cpc.views import normalise
 
@@ -116,16 +117,29 @@ def constructors() -> dict[str, Callable[..., nn.Module]]:
     return {f"{module.__name__}.{name}": getattr(module, name) for module in modules for name in module.ENCODERS}
 
 
-def build_encoder(architecture: dict[str, Any]) -> nn.Module:
-    """The encoder of a card's `architecture`: {"name": "cpc.encoders.resnet_small", "arguments": {"width": 32}}."""
-    known = constructors()
-    if architecture["name"] not in known:
+def known_architecture(architecture: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of one of our constructors and plain arguments for it, from a card; ValueError for anything else."""
+    name, known = architecture["name"], constructors()
+    if name not in known:
         raise ValueError(
-            f"encoder {architecture['name']!r} is not one of {', '.join(sorted(known))}: "
+            f"encoder {name!r} is not one of {', '.join(sorted(known))}: "
             f"pass load_encoder(path, encoder=MODULE) with a module of that architecture"
         )
-    arguments = {name: value for name, value in architecture["arguments"].items() if name not in _FIRST_WEIGHTS}
-    return known[architecture["name"]](**arguments)
+    arguments = {key: value for key, value in architecture["arguments"].items() if key not in _FIRST_WEIGHTS}
+    check_plain(arguments, "encoder.json")
+    return name, arguments
+
+
+def build_encoder(architecture: dict[str, Any]) -> nn.Module:
+    """The encoder of a card's `architecture`: {"name": "cpc.encoders.resnet_small", "arguments": {"width": 32}}.
+
+    Raises ValueError for a constructor that is not ours or arguments that are not its.
+    """
+    name, arguments = known_architecture(architecture)
+    try:
+        return constructors()[name](**arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take what encoder.json gives it: {error}") from error
 
 
 def load_encoder(
@@ -185,12 +199,21 @@ def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
             )
     try:
         parsed: dict[str, Any] = json.loads(card.read_text())
-        described = {"name", "arguments"} <= parsed["architecture"].keys() and "image_size" in parsed["input"]
+        described = {"name", "arguments"} <= parsed["architecture"].keys()
+        described &= {"image_size", "mean", "std"} <= parsed["input"].keys() and _are_numbers(parsed["input"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         described = False
     if not described:
-        raise ValueError(f"{card} is not an encoder's card: it holds no architecture {{name, arguments}} and input")
+        raise ValueError(
+            f"{card} is not an encoder's card: it holds no architecture {{name, arguments}} and input "
+            f"{{image_size, mean, std}}"
+        )
     return weights, parsed
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return all(item is None or isinstance(item, int | float) for item in items)
 
 
 def _load_weights_(module: nn.Module, weights: Path, kind: str) -> None:

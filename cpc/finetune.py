@@ -8,6 +8,7 @@ same from scratch, which is the baseline. Test images are looked at once, at the
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,16 @@ from contrastive_core.data import BadImages, ImageDataset, Splits, label_fractio
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.methods.classifier import Classifier
 from cpc.entry import build, check_complete, command, start_accelerator
-from cpc.features import FrozenClassifier, classifier_card, load_classifier, load_head, read_card, read_encoder
+from cpc.features import (
+    FrozenClassifier,
+    classifier_card,
+    known_architecture,
+    load_classifier,
+    load_head,
+    read_card,
+    read_encoder,
+)
+from cpc.foreign import check_plain, run_config, run_data
 from cpc.pretrain import PretrainSchema, encoder_card
 from cpc.run import Pieces, check_numbers, train_run
 
@@ -68,37 +78,30 @@ def take_over_(cfg: DictConfig, run: str) -> None:
     fed = read_card(run)[1]["input"]
     cfg.image_size, cfg.load_size = fed["image_size"], fed.get("load_size") or fed["image_size"]
     cfg.mean, cfg.std = list(fed["mean"]), list(fed["std"])
-    written = Path(run) / "config.yaml" if Path(run).is_dir() else Path(run).with_name("config.yaml")
-    before: Any = OmegaConf.load(written) if written.is_file() else OmegaConf.create()
     if cfg.data is None:
-        cfg.data = _data_of(before, written)
-    own = before.get("augmentation") or {}
-    for name in ("crop", "flip"):
+        cfg.data = {**run_data(run), "size": "${load_size}"}
+    written, before = run_config(run)
+    theirs = before.get("augmentation")
+    own = {name: theirs.get(name) if isinstance(theirs, dict) else None for name in ("crop", "flip")}
+    check_plain(own, written)
+    for name, value in own.items():
         if cfg.augmentation.get(name) is None:
-            cfg.augmentation[name] = own.get(name)
+            cfg.augmentation[name] = value
     if cfg.augmentation.flip is None and _never_flips(before):
         cfg.augmentation.flip = 0.0
 
 
-def _data_of(before: Any, written: Path) -> dict[str, Any]:
-    if before.get("data") is None:
-        raise FileNotFoundError(f"no {written} that says on which data the run was trained: pass data=NAME")
-    # a run's folder may come from anyone: of what it names, only our own readers are called
-    if not str(before.data._target_).startswith("contrastive_core.data."):
-        raise ValueError(f"{written} reads its data through {before.data._target_}, which is not ours: pass data=NAME")
-    return {**before.data, "size": "${load_size}"}
-
-
-def _never_flips(before: Any) -> bool:
+def _never_flips(before: dict[str, Any]) -> bool:
     """Whether a run cut its images into patches and flipped none of them: they may have a handedness."""
-    steps = OmegaConf.select(before, "views.image_augment")
-    return steps is not None and not any("Flip" in str(step.get("_target_")) for step in steps)
+    views = before.get("views")
+    steps = views.get("image_augment") if isinstance(views, dict) else None
+    return isinstance(steps, list) and not any("Flip" in str(step.get("_target_")) for step in steps)
 
 
 def architecture_node(card: dict[str, Any]) -> dict[str, Any]:
-    """The encoder of a card as a configuration writes it."""
-    described = card["architecture"]
-    return {"_target_": described["name"], **described["arguments"]}
+    """The encoder of a card as a configuration writes it; ValueError for one that is not ours."""
+    name, arguments = known_architecture(card["architecture"])
+    return {"_target_": name, **arguments}
 
 
 # ---- which labels, and which test images ----
@@ -172,7 +175,7 @@ def accuracy_of(table: Tensor) -> float:
 
 
 def write_tests(cfg: DictConfig, run_dir: Path, runs: dict[str, Path], images: ImageDataset, labels: int) -> None:
-    """Test what each of `runs` (a name, a folder) exported and write `run_dir/evaluation.json`; all processes call it.
+    """Test what each of `runs` (a name, a folder) exported and write `run_dir/test.json`; all processes call it.
 
     A row each, and the first one's confusion matrix. `labels`: how many the run in `run_dir` has seen.
     """
@@ -193,11 +196,11 @@ def write_tests(cfg: DictConfig, run_dir: Path, runs: dict[str, Path], images: I
         if len(tables[first]) <= LARGEST_CONFUSION:
             record["class_names"] = list(classifiers[first].class_names)
             record["confusion"] = tables[first].tolist()
-        (run_dir / "evaluation.partial").write_text(json.dumps(record) + "\n")
-        (run_dir / "evaluation.partial").rename(run_dir / "evaluation.json")
+        (run_dir / "test.partial").write_text(json.dumps(record) + "\n")
+        (run_dir / "test.partial").rename(run_dir / "test.json")
         for row in rows:
             print(f"{row['encoder']}: test accuracy {row['accuracy']:.4f}")
-        print(f"written to {run_dir / 'evaluation.json'}")
+        print(f"written to {run_dir / 'test.json'}")
     accelerator.wait_for_everyone()
 
 
@@ -235,14 +238,28 @@ def build_classifier(cfg: DictConfig, classes: int) -> tuple[Classifier, dict[st
     return Classifier(encoder, head=kept, **options), None if head is None else head.arguments
 
 
+def fitting_batch(cfg: DictConfig, images: int) -> int:
+    """`cfg.batch_size`, or where there are fewer images the most that processes and micro-batches can share evenly.
+
+    Raises ValueError where there is not one image for each.
+    """
+    shares = cfg.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    if images >= cfg.batch_size:
+        return int(cfg.batch_size)
+    if images < shares:
+        raise ValueError(
+            f"{images} labelled images for {shares} processes and micro-batches: use fewer, or more labels"
+        )
+    return images // shares * shares
+
+
 def finetune(cfg: DictConfig) -> Path:
     """Run one configuration to its end, test included; returns the run's folder."""
     settle_(cfg)
     splits: Splits = build(cfg.data)
     chosen = chosen_labels(cfg, splits.train.labels)
     few, test = splits.train.subset(chosen), labelled_test(splits, splits.train.classes)
-    if len(few) < cfg.batch_size:
-        cfg.batch_size = max(cfg.accumulate, len(few) // cfg.accumulate * cfg.accumulate)
+    cfg.batch_size = fitting_batch(cfg, len(few))
 
     def pieces() -> Pieces:
         method, head = build_classifier(cfg, few.classes)

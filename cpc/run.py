@@ -29,7 +29,7 @@ from contrastive_core.evaluate.knn import knn_accuracy
 from contrastive_core.method import Method
 from contrastive_core.metrics import collapsed
 from contrastive_core.optim import parameter_groups
-from contrastive_core.run_log import RunLog
+from contrastive_core.run_log import RunLog, read_metrics
 from contrastive_core.training import StepResult, train_steps
 from cpc.entry import build, check_complete, run_name, start_accelerator
 from cpc.features import FrozenEncoder, parts_card, parts_of
@@ -251,6 +251,9 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
         claimed(run_dir, config, accelerator, resume=resume),
         RunLog(run_dir, start=start, steps=cfg.steps) if main_process else nullcontext() as log,
     ):
+        for row in read_metrics(run_dir) if start and main_process else ():  # what the run before had seen
+            if "loss" in row:
+                alarm.rings({name: value for name, value in row.items() if value is not None})
         for result in results:
             bad_images.count(result.faults, seen=cfg.batch_size // accelerator.num_processes)
             throughput.images += cfg.batch_size
@@ -276,7 +279,8 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
                     save_checkpoint(run_dir / "checkpoints", result.step, modules, optimizer, extra, keep)
 
         if main_process:
-            card |= parts_card(exported, dataset.class_names) | ({"collapsed": alarm.line} if alarm.line else {})
+            card = parts_card(exported, dataset.class_names) | card  # what the entry point knows better stands
+            card |= {"collapsed": alarm.line} if alarm.line else {}
             export_encoder(run_dir, exported.encoder, card, parts_of(exported))
     if main_process:
         print(f"encoder: {run_dir / 'encoder.safetensors'}\nread it with: cpc.load_encoder({str(run_dir)!r})")

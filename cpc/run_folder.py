@@ -60,12 +60,18 @@ def checkpoint_to_resume(run_dir: Path, config: dict[str, Any], *, resume: bool)
     if not resume:
         raise FileExistsError(f"{run_dir} holds a run: pass resume=auto to go on with it, or another run_dir")
     before = yaml.safe_load(written.read_text())
-    changed = [key for key in differing_keys(before, config) if key.split(".")[0] not in MAY_CHANGE]
+    changed = [key for key in differing_keys(before, config) if not _may_change(key)]
     if changed:
         raise ValueError(
             f"{run_dir} was run with other settings of {', '.join(changed)}: use its own, or a new run_dir"
         )
     return latest_checkpoint(run_dir / "checkpoints")
+
+
+def _may_change(key: str) -> bool:
+    """Whether a key, or a step's own (`pretrain.save_every` of tools/simclr_v2.py), changes nothing that is learned."""
+    first, _, rest = key.partition(".")
+    return first in MAY_CHANGE or (first in ("pretrain", "finetune", "distill") and rest in MAY_CHANGE)
 
 
 @contextmanager

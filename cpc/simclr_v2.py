@@ -26,12 +26,23 @@ from contrastive_core.plots import format_table
 from cpc.distill import distill
 from cpc.entry import build, check_complete, command, start_accelerator
 from cpc.features import load_encoder
-from cpc.finetune import WHICH_LABELS, check_which_labels, chosen_labels, finetune, labelled_test
+from cpc.finetune import (
+    OF_THE_RUN,
+    WHICH_LABELS,
+    check_which_labels,
+    chosen_labels,
+    finetune,
+    fitting_batch,
+    labelled_test,
+)
 from cpc.pretrain import build_method, pretrain
 from cpc.run import check_numbers
 from cpc.run_folder import checkpoint_to_resume, claimed
 
+TOOLS = ("pretrain", "finetune", "distill")
 SHARED = ("seed", "precision", "device", "workers", "threads")
+OF_THE_PROCESS = ("precision", "device", "threads")
+"""What accelerate fixes for as long as a process lives, and so for all steps."""
 
 
 @dataclass
@@ -79,9 +90,19 @@ def flattened(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def as_override(name: str, value: Any) -> str:
     """A key and its value as hydra reads them. Example: ("run_dir", "a b") gives "run_dir='a b'"."""
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value):
-        return name + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+    return f"{name}={_in_hydras_grammar(value)}"
+
+
+def _in_hydras_grammar(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_in_hydras_grammar(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_in_hydras_grammar, value)) + "]"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value) and value.lower() not in ("null", "true", "false"):
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def step_config(cfg: DictConfig, tool: str, own: dict[str, Any]) -> DictConfig:
@@ -92,9 +113,13 @@ def step_config(cfg: DictConfig, tool: str, own: dict[str, Any]) -> DictConfig:
     return hydra.compose(tool, [as_override(name, value) for name, value in given.items()])
 
 
-def node(cfg: DictConfig, name: str) -> Any:
-    """A group as it was composed, its references not yet resolved: they are to other keys of a step's configuration."""
-    return OmegaConf.to_container(cfg[name], resolve=False)
+def group_of(cfg: DictConfig, tool: str, name: str, composed: Any) -> Any:
+    """A step's data or encoder: all steps' own with what `tool.name.key=...` says, or `composed` for `tool.name=OTHER`.
+
+    References stay unresolved: they are to other keys of the step's configuration.
+    """
+    given = cfg[tool].get(name, {})
+    return composed if isinstance(given, str) else OmegaConf.to_container(OmegaConf.merge(cfg[name], given))
 
 
 def steps_of(cfg: DictConfig, choices: Mapping[str, str]) -> list[Step]:
@@ -106,8 +131,8 @@ def steps_of(cfg: DictConfig, choices: Mapping[str, str]) -> list[Step]:
         return {"run_dir": str(out / name), "resume": "auto"}
 
     first = step_config(cfg, "pretrain", {"method": "simclr_v2", **groups, **place("pretrain")})
-    for name in set(groups) - set(cfg.pretrain):
-        first[name] = node(cfg, name)
+    for name in groups:
+        first[name] = group_of(cfg, "pretrain", name, first[name])
     data = {"data": groups["data"]}
 
     from_first = {"run": str(out / "pretrain"), "head_layer": 1, **which, **data, **place("finetune")}
@@ -118,8 +143,8 @@ def steps_of(cfg: DictConfig, choices: Mapping[str, str]) -> list[Step]:
     )
     steps = [
         Step("pretrain", pretrain, first, "encoder.json"),
-        Step("finetune", finetune, second, "evaluation.json"),
-        Step("distill", distill, third, "evaluation.json"),
+        Step("finetune", finetune, second, "test.json"),
+        Step("distill", distill, third, "test.json"),
     ]
     if cfg.supervised:
         scratch = step_config(cfg, "finetune", from_first)
@@ -127,9 +152,10 @@ def steps_of(cfg: DictConfig, choices: Mapping[str, str]) -> list[Step]:
         scratch.encoder, scratch.run_dir = first.encoder, str(out / "supervised")
         for name in ("load_size", "image_size", "mean", "std", "norm"):
             scratch[name] = first[name]
-        steps.append(Step("supervised", finetune, scratch, "evaluation.json"))
+        steps.append(Step("supervised", finetune, scratch, "test.json"))
     for step in steps[1:]:
-        step.cfg.data = node(cfg, "data")
+        tool = "distill" if step.job is distill else "finetune"
+        step.cfg.data = group_of(cfg, tool, "data", step.cfg.data)
     return steps
 
 
@@ -147,12 +173,11 @@ def probe_pretrained(cfg: DictConfig, few: ImageDataset, test: ImageDataset, acc
 
 def tested(run: Path) -> float:
     """The accuracy that a run of tools/finetune.py or tools/distill.py has written down for itself."""
-    rows = json.loads((run / "evaluation.json").read_text())["rows"]
-    return float(rows[0]["accuracy"])
+    return float(json.loads((run / "test.json").read_text())["rows"][0]["accuracy"])
 
 
 def summarise(cfg: DictConfig, few: ImageDataset, test: ImageDataset, accelerator: Accelerator) -> dict[str, Any]:
-    """What `summary.json` says, by the main process."""
+    """What `summary.json` says. Every process makes it: none may wait for another's probe longer than NCCL lets it."""
     out = Path(cfg.out)
     accuracies = {
         "pretrained, linear probe": probe_pretrained(cfg, few, test, accelerator),
@@ -170,27 +195,36 @@ def simclr_v2(cfg: DictConfig) -> Path:
     if OmegaConf.is_missing(cfg, "out"):
         raise ValueError("not given: out; pass out=DIR, a new folder or that of a summary to go on with")
     check_which_labels(cfg)
+    for tool in TOOLS:
+        for name in set(cfg[tool]) & set(OF_THE_PROCESS):
+            raise ValueError(f"{tool}.{name} is one for all steps: pass {name}={cfg[tool][name]}")
     steps = steps_of(cfg, HydraConfig.get().runtime.choices)
     first = steps[0].cfg
     check_complete(first)
     check_numbers(first)
     build_method(first)
     # whatever is wrong with the labels is best said before hours of pre-training
-    splits: Splits = build(first.data)
+    second = steps[1].cfg.copy()
+    for name in OF_THE_RUN:
+        second[name] = first[name]
+    check_complete(second)
+    splits: Splits = build(second.data)
     few = splits.train.subset(chosen_labels(cfg, splits.train.labels))
     test = labelled_test(splits, splits.train.classes)
+    fitting_batch(second, len(few))
 
     accelerator = start_accelerator(precision=cfg.precision, device=cfg.device, threads=cfg.threads)
     out, config = Path(cfg.out), OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(config, dict)
+    del config["out"]  # however the folder is called from where one stands
     checkpoint_to_resume(out, config, resume=True)  # type: ignore[arg-type]  # another command's folder is refused
     with claimed(out, config, accelerator, resume=True):  # type: ignore[arg-type]
         for step in steps:
             if not (out / step.name / step.last_file).is_file():
                 step.job(step.cfg)
             accelerator.wait_for_everyone()
+        summary = summarise(cfg, few, test, accelerator)
         if accelerator.is_main_process:
-            summary = summarise(cfg, few, test, accelerator)
             (out / "summary.partial").write_text(json.dumps(summary, indent=1) + "\n")
             (out / "summary.partial").rename(out / "summary.json")
             print(format_table([summary]))
@@ -203,7 +237,7 @@ main = command("simclr_v2", simclr_v2, schema=SimCLRv2Schema)
 
 # what a step is to do otherwise is any key of its own configuration, which refuses what it does not know
 _OPEN = OmegaConf.structured(SimCLRv2Schema)
-for _tool in ("pretrain", "finetune", "distill"):
+for _tool in TOOLS:
     OmegaConf.set_struct(_OPEN[_tool], False)
 ConfigStore.instance().store("simclr_schema", _OPEN)
 

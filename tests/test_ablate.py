@@ -349,9 +349,11 @@ def test_a_grid_to_its_end_and_on_again(small, tmp_path, monkeypatch, capsys):
         ("two", "s 1"),
     ]
 
-    # what failed is tried again, and the rest is kept
+    # what failed is tried again, and the rest is kept; so is what was killed between the last files of its training
+    for name in ("cell.json", "encoder.json"):
+        (out / "one-layer/s-1" / name).unlink()
     assert start(monkeypatch, small, *given) == 0
-    assert capsys.readouterr().out.count("kept") == 3
+    assert capsys.readouterr().out.count("kept") == 2
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["row"], row["column"]) for row in rows] == [
@@ -401,6 +403,16 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_run(small, given, word
     assert words in printed
     assert len(printed.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_trains_on_labels_cannot_be_validated_by_them(small, tmp_path, monkeypatch, capsys):
+    labels = "title: labels\nrows: {a: [method=supervised]}\ncolumns: {b: [data=parquet, data.train=TRAIN]}\n"
+    (tmp_path / "ablation").mkdir()
+    text = labels.replace("TRAIN", f"'{small / 'train.parquet'}'")
+    (tmp_path / "ablation/small.yaml").write_text(text)
+    assert start(monkeypatch, tmp_path, f"out={tmp_path / 'out'}", "evaluate_on=validation") == 2
+    assert "error: a x b trains on the labels it would be validated by: pass eval" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_processes_are_refused(compose, monkeypatch):

@@ -18,10 +18,11 @@ from contrastive_core.data import mnist5k
 from contrastive_core.run_log import read_metrics
 from cpc.configs import config_folder
 from cpc.distill import distill, distilled_images
+from cpc.evaluate import evaluate
 from cpc.features import load_classifier, read_classifier
 from cpc.finetune import finetune
 from cpc.pretrain import pretrain
-from cpc.simclr_v2 import as_override, flattened
+from cpc.simclr_v2 import as_override, flattened, steps_of
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
 
@@ -89,9 +90,9 @@ def test_a_student_comes_to_agree_with_its_teacher(start, teacher):
     assert entropy < last < first - 0.3
     assert agreement[1] > agreement[0] + 0.15
 
-    record = json.loads((folder / "evaluation.json").read_text())
+    record = json.loads((folder / "test.json").read_text())
     tested = {row["encoder"]: row["accuracy"] for row in record["rows"]}
-    taught = json.loads((teacher / "evaluation.json").read_text())["rows"][0]["accuracy"]
+    taught = json.loads((teacher / "test.json").read_text())["rows"][0]["accuracy"]
     assert tested["teacher"] == taught > 0.3
     assert 0.15 < tested["student"] <= taught + 0.1
     assert record["labels"] == 0
@@ -151,6 +152,12 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, teacher, inter
     for name in ("encoder.safetensors", "classifier.safetensors", "encoder.json"):
         assert (whole.parent / "parts" / name).read_bytes() == (whole / name).read_bytes(), name
     assert (teacher / "classifier.safetensors").read_bytes() == before
+
+
+def test_a_students_classes_are_the_teachers(start, teacher, tmp_path):
+    named = edited(teacher, tmp_path / "named", lambda card: card["classifier"].update(class_names=list("abcdefghij")))
+    student = start("steps=1", teacher=named)
+    assert load_classifier(student).class_names == tuple("abcdefghij")
 
 
 def edited(run, target, change):
@@ -229,6 +236,7 @@ def test_values_reach_hydra_as_they_are():
         "exclude": True,
         "mean": [1, 2, 3],
     }
+    assert as_override("a", [{"b": "null", "c": [True]}]) == "a=[{b:'null',c:[true]}]"
     cfg = composed("pretrain", "method=simclr", *[as_override(name, value) for name, value in values.items()])
     assert {name: cfg[name] for name in values} == values
 
@@ -272,7 +280,7 @@ def test_three_steps_in_one_command(all_steps, tmp_path, capsys):
     for key in ("encoder", "image_size", "mean", "augmentation", "steps"):
         assert configs["supervised"][key] == configs["finetune"][key], key
     assert configs["pretrain"]["encoder"] == configs["distill"]["encoder"]
-    tuned = json.loads((out / "finetune" / "evaluation.json").read_text())["rows"][0]
+    tuned = json.loads((out / "finetune" / "test.json").read_text())["rows"][0]
     assert tuned["accuracy"] == summary["fine-tuned"]
 
     # again: nothing that has finished is done again, what is missing is, other settings are refused
@@ -280,7 +288,7 @@ def test_three_steps_in_one_command(all_steps, tmp_path, capsys):
     all_steps("out=all", "supervised=true")
     assert written(out) == before
     shutil.rmtree(out / "distill")
-    (out / "finetune" / "evaluation.json").unlink()
+    (out / "finetune" / "test.json").unlink()
     all_steps("out=all", "supervised=true")
     after = written(out)
     assert after.keys() == before.keys()
@@ -291,6 +299,31 @@ def test_three_steps_in_one_command(all_steps, tmp_path, capsys):
     with pytest.raises(SystemExit):
         all_steps("out=all", "supervised=true", "labels=30", "pretrain.steps=3")
     assert "error: all was run with other settings of labels, pretrain.steps" in capsys.readouterr().err
+
+
+def test_an_evaluation_of_a_step_does_not_take_the_place_of_its_test(all_steps, compose, tmp_path):
+    all_steps("out=all")
+    summary = json.loads((tmp_path / "all" / "summary.json").read_text())
+    evaluate(compose("run=all/finetune", "labels_per_class=[1]", "device=cpu", "threads=1", name="evaluate"))
+    (tmp_path / "all" / "summary.json").unlink()
+    all_steps(f"out={tmp_path / 'all'}", "pretrain.save_every=7")  # the folder by another name, and what may change
+    assert json.loads((tmp_path / "all" / "summary.json").read_text()) == summary
+
+
+def test_a_step_may_have_data_of_its_own(tmp_path):
+    """A folder without labels to pre-train on, another with labels: each step reads its own."""
+    with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
+        overrides = ["out=x", "labels=20", "data=parquet", "data.train=labelled", "data.test=test"]
+        overrides += ["pretrain.data.train=unlabelled", "distill.data.train=more", "supervised=true"]
+        cfg = hydra.compose("simclr_v2", overrides)
+        steps = steps_of(cfg, {"data": "parquet", "encoder": "resnet_small"})
+    trained = {step.name: (step.cfg.data.train, step.cfg.data.test) for step in steps}
+    assert trained == {
+        "pretrain": ("unlabelled", "test"),
+        "finetune": ("labelled", "test"),
+        "distill": ("more", "test"),
+        "supervised": ("labelled", "test"),
+    }
 
 
 def test_steps_that_are_other_methods(all_steps, tmp_path):
@@ -320,6 +353,8 @@ def test_steps_that_are_other_methods(all_steps, tmp_path):
         (["out=all", "pretrain.steps=0"], "error: steps=0: pass at least 1"),
         (["out=all", "data=parquet"], "error: not given: data.train"),
         (["out=all", "labells=20"], "Could not override 'labells'"),
+        (["out=all", "finetune.precision=bf16"], "error: finetune.precision is one for all steps: pass precision=bf16"),
+        (["out=all", "finetune.accumulate=30"], "error: 20 labelled images for 30 processes and micro-batches"),
     ],
 )
 def test_a_mistake_is_told_before_the_first_step(all_steps, arguments, message, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import cpc
@@ -18,7 +19,16 @@ from contrastive_core.heads import ProjectionHead
 from contrastive_core.run_log import read_metrics
 from cpc.configs import config_folder
 from cpc.features import build_encoder, load_classifier, load_encoder, load_head, read_classifier, read_encoder
-from cpc.finetune import accuracy_of, build_classifier, chosen_labels, confusion, finetune, labelled_test, settle_
+from cpc.finetune import (
+    accuracy_of,
+    build_classifier,
+    chosen_labels,
+    confusion,
+    finetune,
+    fitting_batch,
+    labelled_test,
+    settle_,
+)
 from cpc.pretrain import pretrain
 from cpc.run import check_numbers
 
@@ -136,14 +146,14 @@ def test_it_starts_where_the_run_left_off_inside_its_head(simclr_run, layer, kep
 def test_what_it_leaves_behind(start, simclr_run, layer):
     folder = start(f"head_layer={layer}", "averaging=0.5")
     names = {"config.yaml", "metrics.jsonl", "encoder.safetensors", "encoder.json", "classifier.safetensors"}
-    assert names | {"checkpoints", "evaluation.json"} <= {file.name for file in folder.iterdir()}
+    assert names | {"checkpoints", "test.json"} <= {file.name for file in folder.iterdir()}
     assert "head" not in json.loads((folder / "encoder.json").read_text())
     averaged = load_file(folder / "checkpoints/step_00000003/averaged.safetensors")
     for name, tensor in load_file(folder / "classifier.safetensors").items():
         assert torch.equal(tensor, averaged[name]), name
 
     # the accuracy that is written is that of what was exported, fed with images as they are
-    test, record = mnist5k().test, json.loads((folder / "evaluation.json").read_text())
+    test, record = mnist5k().test, json.loads((folder / "test.json").read_text())
     classifier = load_classifier(folder)
     with torch.no_grad():
         predicted = classifier(test.pixels.float() / 255).argmax(1)
@@ -188,7 +198,7 @@ def test_from_scratch_is_a_fresh_encoder_and_the_seed_says_which(start):
     fresh = build_encoder(json.loads((one / "encoder.json").read_text())["architecture"])
     torch.testing.assert_close(weights[0], fresh.stem.weight.detach(), rtol=0, atol=1e-6)
     assert not torch.allclose(weights[0], weights[2])
-    assert json.loads((one / "evaluation.json").read_text())["rows"][0]["encoder"] == "from scratch"
+    assert json.loads((one / "test.json").read_text())["rows"][0]["encoder"] == "from scratch"
 
 
 def test_an_encoder_of_patches_is_tuned_on_whole_images_and_not_mirrored_where_patches_were_not(start, cpc_run):
@@ -208,6 +218,18 @@ def test_a_few_steps_learn(start):
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "world", "images", "fitting"),
+    [(64, 1, 1, 100, 64), (64, 1, 1, 20, 20), (64, 1, 3, 20, 18), (64, 2, 3, 20, 18), (64, 4, 1, 20, 20)],
+)
+def test_few_labels_are_shared_evenly(batch_size, accumulate, world, images, fitting, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    cfg = OmegaConf.create({"batch_size": batch_size, "accumulate": accumulate})
+    assert fitting_batch(cfg, images) == fitting
+    with pytest.raises(ValueError, match=r"labelled images for .* processes and micro-batches: use fewer, or more"):
+        fitting_batch(cfg, world * accumulate - 1)
+
+
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, interrupted_at):
     options = ["steps=4", "save_every=2", "averaging=0.5", "head_layer=1"]
     whole = start(*options, run_dir="whole")
@@ -215,13 +237,13 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, interrupted_at
     with interrupted_at(2):
         start(*options, run_dir="parts")
     parts = whole.parent / "parts"
-    assert not (parts / "evaluation.json").exists()
+    assert not (parts / "test.json").exists()
     with pytest.raises(ValueError, match=r"was run with other settings of labels: use its own"):
         start(*options, "resume=auto", "labels=30", run_dir="parts")
     start(*options, "resume=auto", run_dir="parts")
     for name in ("encoder.safetensors", "classifier.safetensors", "encoder.json"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
-    rows, others = (json.loads((path / "evaluation.json").read_text())["rows"] for path in (parts, whole))
+    rows, others = (json.loads((path / "test.json").read_text())["rows"] for path in (parts, whole))
     assert rows == others
 
 
@@ -382,6 +404,6 @@ def test_two_processes_are_one(run_tool, launch_tool, simclr_run, tmp_path):
         weights = [load_file(tmp_path / name / file) for name in ("two", "one")]
         for name, weight in weights[0].items():
             torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-4)
-    records = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("two", "one")]
+    records = [json.loads((tmp_path / name / "test.json").read_text()) for name in ("two", "one")]
     assert records[0]["rows"][0]["accuracy"] == pytest.approx(records[1]["rows"][0]["accuracy"], abs=0.003)
     assert sum(map(sum, records[0]["confusion"])) == 1000

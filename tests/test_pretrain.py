@@ -383,6 +383,10 @@ def test_a_collapsed_run_says_so_while_it_runs_and_in_what_it_leaves(compose, tm
     assert said.count("collapsed: the projections' spread is") == 2  # when it is first seen, and at the end
     assert "collapsed: the projections' spread is" in json.loads((folder / "encoder.json").read_text())["collapsed"]
     assert read_metrics(folder)[-1]["effective_rank"] < 1.5
+    card = (folder / "encoder.json").read_text()
+    (folder / "encoder.json").unlink()
+    pretrain(compose(*tiny("steps=2", f"run_dir={folder}", "resume=auto")))  # nothing is left to do, or to see
+    assert (folder / "encoder.json").read_text() == card
 
 
 def test_a_healthy_run_says_nothing_of_a_collapse(start, capsys):
