@@ -11,8 +11,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(PY) tools/demo.py
 
+# Two workers, a file of tests each: most tests use one core. More would want memory, 1.5 GiB each.
 test: $(READY)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(READY)
 	$(PY) -m pytest -q -m slow

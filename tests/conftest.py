@@ -6,6 +6,7 @@ not forward signals, so killing it alone would leave its workers running.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -127,6 +128,14 @@ def as_a_new_process() -> Iterator[None]:
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _logging_level_as_it_was() -> Iterator[None]:
+    """Hydra sets the root logger's level for the process that it thinks is its own; the next test is not its."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture
