@@ -6,6 +6,9 @@ l(i, j) = -log( exp(cos(z_i, z_j) / T) / (sum_{k != i} exp(cos(z_i, z_k) / T) + 
 
 m: what a moving average of f and g made of earlier batches, 65,536 of them, as in MoCo. The second and third step,
 fine-tuning from inside the head and distilling, are `contrastive_core.methods.classifier` and `distill`.
+
+In a short run here the memory did harm (benchmarks/README.md): it is another network's, and being unlike that network
+takes no image apart from another. memory=0 is SimCLR with three layers.
 """
 
 from __future__ import annotations
