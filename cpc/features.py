@@ -199,7 +199,8 @@ def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
             )
     try:
         parsed: dict[str, Any] = json.loads(card.read_text())
-        described = {"name", "arguments"} <= parsed["architecture"].keys()
+        described = isinstance(parsed["architecture"]["name"], str)
+        described &= isinstance(parsed["architecture"]["arguments"], dict)
         described &= {"image_size", "mean", "std"} <= parsed["input"].keys() and _are_numbers(parsed["input"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         described = False

@@ -147,7 +147,14 @@ def test_a_card_calls_no_other_code(run, name):
 
 
 def test_a_broken_card_is_named(run):
-    for text in ("{", "[]", json.dumps({"input": INPUT}), json.dumps(CARD | {"architecture": {"name": "x"}})):
+    for text in (
+        "{",
+        "[]",
+        json.dumps({"input": INPUT}),
+        json.dumps(CARD | {"architecture": {"name": "x"}}),
+        json.dumps(CARD | {"architecture": {"name": ["x"], "arguments": {}}}),
+        json.dumps(CARD | {"architecture": {"name": "x", "arguments": [1]}}),
+    ):
         (run / "encoder.json").write_text(text)
         with pytest.raises(ValueError, match=r"encoder\.json is not an encoder's card"):
             load_encoder(run)
