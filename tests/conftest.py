@@ -131,11 +131,28 @@ def as_a_new_process() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _logging_level_as_it_was() -> Iterator[None]:
-    """Hydra sets the root logger's level for the process that it thinks is its own; the next test is not its."""
-    level = logging.getLogger().level
+def _logging_as_it_was() -> Iterator[None]:
+    """Hydra sets the process's logging up as if it were its own, to write to a stdout that is this test's."""
+    root, data = logging.getLogger(), logging.getLogger("contrastive_core.data")
+    handlers, levels = root.handlers[:], (root.level, data.level)
     yield
-    logging.getLogger().setLevel(level)
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    data.setLevel(levels[1])
+
+
+@pytest.fixture
+def call_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`call_tool(cpc.finetune.main, "run=DIR")`: through hydra as from the command line, but in this process.
+
+    A start of `run_tool` takes seconds. What the command raises comes through, SystemExit with its exit code.
+    """
+
+    def call(main: Callable[[], object], *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["tool.py", *arguments])
+        main()
+
+    return call
 
 
 @pytest.fixture

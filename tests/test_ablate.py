@@ -3,9 +3,7 @@
 import csv
 import io
 import json
-import logging
 import math
-import sys
 from pathlib import Path
 
 import hydra
@@ -283,24 +281,22 @@ def small(tmp_path_factory):
     return folder
 
 
-def start(monkeypatch, small, *given):
-    """The command in this process; returns its exit code, None where it was interrupted."""
-    monkeypatch.setattr(sys, "argv", ["ablate.py", "ablation=small", "--config-dir", str(small), *given])
-    root, data = logging.getLogger(), logging.getLogger("contrastive_core.data")
-    before = root.handlers[:], root.level, data.level
-    try:
-        main()
-    except SystemExit as stopped:
-        return stopped.code
-    except KeyboardInterrupt:
-        return None
-    finally:
-        root.handlers[:], root.level, data.level = before  # hydra's write to a stdout that is this test's
-    return 0
+@pytest.fixture
+def start(call_tool):
+    """`start(folder, "out=DIR")`: its ablation in this process; returns the exit code."""
+
+    def run(folder, *given):
+        try:
+            call_tool(main, "ablation=small", "--config-dir", str(folder), *given)
+        except SystemExit as stopped:
+            return stopped.code
+        return 0
+
+    return run
 
 
 @pytest.mark.usefixtures("as_a_new_process")
-def test_a_grid_to_its_end_and_on_again(small, tmp_path, monkeypatch, capsys):
+def test_a_grid_to_its_end_and_on_again(start, small, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     given = [f"out={out}"]
 
@@ -312,7 +308,8 @@ def test_a_grid_to_its_end_and_on_again(small, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "advance", interrupted)
-        assert start(monkeypatch, small, *given, "save_every=1") is None
+        with pytest.raises(KeyboardInterrupt):
+            start(small, *given, "save_every=1")
     assert (out / "one-layer/s-0/cell.json").is_file()
     assert (out / "one-layer/s-1/config.yaml").is_file()
     assert not (out / "one-layer/s-1/encoder.safetensors").exists()
@@ -330,7 +327,7 @@ def test_a_grid_to_its_end_and_on_again(small, tmp_path, monkeypatch, capsys):
     first = (out / "one-layer/s-0/cell.json").stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(cpc.ablate, "pretrain", failing)
-        assert start(monkeypatch, small, *given) == 1
+        assert start(small, *given) == 1
     printed = capsys.readouterr()
     assert "failed: two x s 0: RuntimeError: out of memory" in printed.err.splitlines()
     assert "1 of 4 cells failed: the same command tries them again" in printed.err
@@ -352,7 +349,7 @@ def test_a_grid_to_its_end_and_on_again(small, tmp_path, monkeypatch, capsys):
     # what failed is tried again, and the rest is kept; so is what was killed between the last files of its training
     for name in ("cell.json", "encoder.json"):
         (out / "one-layer/s-1" / name).unlink()
-    assert start(monkeypatch, small, *given) == 0
+    assert start(small, *given) == 0
     assert capsys.readouterr().out.count("kept") == 2
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -370,14 +367,14 @@ def test_a_grid_to_its_end_and_on_again(small, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(cpc.ablate, "pretrain", refused)
-        assert start(monkeypatch, small, *given, "evaluate_on=validation") == 0
+        assert start(small, *given, "evaluate_on=validation") == 0
     assert "kept" not in capsys.readouterr().out
     record = json.loads((out / "results.json").read_text())
     assert {row["evaluate_on"] for row in record["cells"]} == {record["evaluate_on"]} == {"validation"}
 
     # other settings in the same folder are refused cell by cell, and the results stay as they were
     before = (out / "results.json").read_text()
-    assert start(monkeypatch, small, *given, "steps=3") == 1
+    assert start(small, *given, "steps=3") == 1
     printed = capsys.readouterr()
     assert printed.err.count("was run with other settings of steps: use its own, or a new run_dir") == 4
     assert "written to" not in printed.out
@@ -396,21 +393,23 @@ def test_a_grid_to_its_end_and_on_again(small, tmp_path, monkeypatch, capsys):
         ([], "error: not given: out; pass out=DIR"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_anything_is_run(small, given, words, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_told_in_one_line_before_anything_is_run(
+    start, small, given, words, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    assert start(monkeypatch, small, *given) == 2
+    assert start(small, *given) == 2
     printed = capsys.readouterr().err
     assert words in printed
     assert len(printed.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_what_trains_on_labels_cannot_be_validated_by_them(small, tmp_path, monkeypatch, capsys):
+def test_what_trains_on_labels_cannot_be_validated_by_them(start, small, tmp_path, capsys):
     labels = "title: labels\nrows: {a: [method=supervised]}\ncolumns: {b: [data=parquet, data.train=TRAIN]}\n"
     (tmp_path / "ablation").mkdir()
     text = labels.replace("TRAIN", f"'{small / 'train.parquet'}'")
     (tmp_path / "ablation/small.yaml").write_text(text)
-    assert start(monkeypatch, tmp_path, f"out={tmp_path / 'out'}", "evaluate_on=validation") == 2
+    assert start(tmp_path, f"out={tmp_path / 'out'}", "evaluate_on=validation") == 2
     assert "error: a x b trains on the labels it would be validated by: pass eval" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

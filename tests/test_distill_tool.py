@@ -1,9 +1,7 @@
 """Distillation, and SimCLRv2 whole, from their configurations and from the command line."""
 
 import json
-import logging
 import shutil
-import sys
 
 import hydra
 import pytest
@@ -62,17 +60,6 @@ def start(teacher, tmp_path):
         return distill(composed("distill", f"teacher={teacher}", f"run_dir={tmp_path / run_dir}", *overrides))
 
     return run
-
-
-def command_line(main, name, arguments, monkeypatch):
-    """Through hydra, as from the command line, but in this process; hydra's logging leaves again."""
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        main()
-    finally:
-        root.handlers[:], root.level = handlers, level
 
 
 # ---- distillation ----
@@ -208,14 +195,12 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
 def test_a_mistake_gets_one_clear_line_and_leaves_nothing_behind(
-    arguments, message, simclr_run, teacher, tmp_path, monkeypatch, capsys
+    arguments, message, simclr_run, teacher, call_tool, tmp_path, monkeypatch, capsys
 ):
     arguments = arguments.format(simclr=simclr_run, teacher=teacher).split()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        command_line(
-            cpc.distill.main, "distill.py", [f"run_dir={tmp_path / 'run'}", "threads=1", *arguments], monkeypatch
-        )
+        call_tool(cpc.distill.main, f"run_dir={tmp_path / 'run'}", "threads=1", *arguments)
     printed = capsys.readouterr().err
     assert stopped.value.code not in (0, None)
     assert message in printed
@@ -248,14 +233,14 @@ ALL_STEPS = [
 
 
 @pytest.fixture
-def all_steps(monkeypatch, tmp_path):
+def all_steps(call_tool, monkeypatch, tmp_path):
     """`all_steps("out=DIR")`: tools/simclr_v2.py in this process."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
         given = {argument.split("=")[0] for argument in arguments}
         tiny = [option for option in ALL_STEPS if option.split("=")[0] not in given]
-        command_line(cpc.simclr_v2.main, "simclr_v2.py", [*tiny, *arguments], monkeypatch)
+        call_tool(cpc.simclr_v2.main, *tiny, *arguments)
 
     return run
 
@@ -376,13 +361,11 @@ def test_three_steps_on_two_processes(launch_tool, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_few_labels_are_worth_more_after_pre_training(tmp_path, monkeypatch):
+def test_few_labels_are_worth_more_after_pre_training(call_tool, tmp_path, monkeypatch):
     """40 labels of 4,000 digits, four a class: fine-tuning beats the same from scratch, and distilling keeps it."""
     shorter = ["pretrain.steps=300", "distill.steps=200"]
     monkeypatch.chdir(tmp_path)
-    command_line(
-        cpc.simclr_v2.main, "simclr_v2.py", ["out=all", "fraction=0.01", "supervised=true", *shorter], monkeypatch
-    )
+    call_tool(cpc.simclr_v2.main, "out=all", "fraction=0.01", "supervised=true", *shorter)
     summary = json.loads((tmp_path / "all" / "summary.json").read_text())
     assert summary["fine-tuned"] > summary["from scratch"] + 0.02
     assert summary["distilled"] > summary["from scratch"]

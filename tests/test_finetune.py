@@ -1,8 +1,6 @@
 """Fine-tuning from its configuration and from the command line: what is trained, with which labels, and mistakes."""
 
 import json
-import logging
-import sys
 
 import hydra
 import pytest
@@ -336,17 +334,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
 def test_a_mistake_gets_one_clear_line_and_leaves_nothing_behind(
-    arguments, message, simclr_run, cpc_run, tmp_path, monkeypatch, capsys
+    arguments, message, simclr_run, cpc_run, call_tool, tmp_path, monkeypatch, capsys
 ):
     arguments = arguments.format(simclr=simclr_run, cpc=cpc_run)
     monkeypatch.chdir(tmp_path)
     before = [tree(run) for run in (simclr_run, cpc_run)]
-    monkeypatch.setattr(sys, "argv", ["finetune.py", f"run_dir={tmp_path / 'run'}", "threads=1", *arguments.split()])
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     with pytest.raises(SystemExit) as stopped:
-        cpc.finetune.main()
-    root.handlers[:], root.level = handlers, level  # hydra's write to a stdout that is this test's
+        call_tool(cpc.finetune.main, f"run_dir={tmp_path / 'run'}", "threads=1", *arguments.split())
     printed = capsys.readouterr().err
     assert stopped.value.code not in (0, None)
     assert message in printed

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import re
-import sys
 
 import pytest
 import torch
@@ -231,20 +230,17 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
-def test_a_mistake_gets_one_clear_line_and_leaves_nothing_behind(arguments, message, tmp_path, monkeypatch, capsys):
-    """Through hydra, as from the command line, but in this process: a start takes seconds."""
+def test_a_mistake_gets_one_clear_line_and_leaves_nothing_behind(
+    arguments, message, call_tool, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     options = tiny(
         *(["steps=2"] if "steps=" not in arguments else []), *arguments.split(), f"run_dir={tmp_path / 'run'}"
     )
     if arguments.startswith("encoder="):
         options = [option for option in options if not option.startswith("encoder.width=")]
-    monkeypatch.setattr(sys, "argv", ["pretrain_cpc.py", *options])
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     with pytest.raises(SystemExit) as stopped:
-        main()
-    root.handlers[:], root.level = handlers, level  # hydra's write to a stdout that is this test's
+        call_tool(main, *options)
     printed = capsys.readouterr().err
     assert stopped.value.code not in (0, None)
     assert message in printed

@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import logging
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -163,31 +161,19 @@ def test_a_loss_plugs_into_both_methods_by_its_name_alone(one_step, method, loss
         assert row["chance_loss"] == pytest.approx(math.log(in_the_sum), rel=1e-5)
 
 
-def from_the_command_line(arguments, monkeypatch, capsys):
-    """Through hydra, as a user would, but in this process: a start takes seconds. What was printed, and the code."""
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    code = 0
-    try:
-        main_of_any_method()
-    except SystemExit as stopped:
-        code = stopped.code
-    root.handlers[:], root.level = handlers, level  # hydra's write to a stdout that is this test's
-    return code, capsys.readouterr().err
-
-
-def test_without_a_method_the_methods_are_named(tmp_path, monkeypatch, capsys):
+def test_without_a_method_the_methods_are_named(call_tool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code, printed = from_the_command_line(["steps=1"], monkeypatch, capsys)
-    assert code == 1
+    with pytest.raises(SystemExit) as stopped:
+        call_tool(main_of_any_method, "steps=1")
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 1
     assert "You must specify 'method', e.g, method=<OPTION>" in printed
     assert re.findall(r"\t(\w+)", printed) == METHODS
     assert "Traceback" not in printed
     assert not list(tmp_path.iterdir())
 
 
-def test_a_method_of_your_own_needs_no_fork(photos, tmp_path, monkeypatch, capsys):
+def test_a_method_of_your_own_needs_no_fork(photos, call_tool, tmp_path, monkeypatch):
     """What docs/methods.md says to write, written as it says."""
     text = (DOCS / "methods.md").read_text()
     (code,) = re.findall(r"```python\n(# my_methods.py\n.*?)```", text, re.DOTALL)
@@ -201,8 +187,7 @@ def test_a_method_of_your_own_needs_no_fork(photos, tmp_path, monkeypatch, capsy
     data = ["data=imagefolder", f"data.root={photos}", f"batch_size={BATCH}", "steps=2", "log_every=1"]
     options = ["accumulate=2", "grad_cache=true", "device=cpu", "threads=1", f"run_dir={tmp_path / 'run'}"]
     command = ["--config-dir", "my_configs", "method=mine", *sizes, *data, *options]
-    exit_code, printed = from_the_command_line(command, monkeypatch, capsys)
-    assert exit_code == 0, printed
+    call_tool(main_of_any_method, *command)
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0]["loss"] == pytest.approx(rows[0]["align"] + rows[0]["uniform"], rel=1e-5)

@@ -33,6 +33,7 @@ from contrastive_core.augment.image import (
 from contrastive_core.augment.noise import GaussianNoise
 from contrastive_core.augment.parts import Parts
 from contrastive_core.augment.primitives import AUTOAUGMENT, SIXTEEN, AutoAugmentPrimitives
+from contrastive_core.augment.seeded import Seeded
 from contrastive_core.augment.views import JigsawViews, Views
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "RandomResizedCrop",
     "RandomSobel",
     "RandomSolarize",
+    "Seeded",
     "SpatialJitter",
     "Views",
     "drop_channels",
