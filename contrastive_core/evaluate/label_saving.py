@@ -1,0 +1,164 @@
+"""How many labels pre-training saves: the number that CPC v2's figure 1 is drawn for (Henaff et al. 2020).
+
+saving(n) = n_s / n:  trained with n labels, the pre-trained network is as good as the one from scratch with n_s.
+
+n_s is read off the scratch curve: its mean accuracies made to rise (isotonic regression) and joined by straight lines
+over log(labels). Where the pre-trained network is better than all of that curve, n_s is beyond its last point and the
+saving is censored, "> x"; where it is worse than the first point, "< x". Neither is ever left out: that would leave
+out the best and the worst results.
+
+The interval is a paired hierarchical bootstrap. What was drawn is drawn again with replacement: pre-training runs,
+label draws (the same for both arms, which were given the same ones) and test images (the same for all).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RESAMPLES = 2000
+_AT_ONCE = 100
+"""Resamples that are worked on together: 8 MiB for 10,000 images."""
+
+
+class Saving(NamedTuple):
+    """n_s / n: `value`, inf or 0 where it is censored, and `bound`, which it is then above or below."""
+
+    value: float
+    bound: float
+
+    def __str__(self) -> str:
+        """Example: `str(Saving(math.inf, 5.0))` is "> 5.0", `str(Saving(2.5, 2.5))` is "2.5"."""
+        sign = {math.inf: "> ", 0.0: "< "}.get(self.value, "")
+        return f"{sign}{self.bound:.{1 if self.bound < 100 else 0}f}"
+
+
+class SavingInterval(NamedTuple):
+    """A saving and the ends of its interval, each of which may be censored."""
+
+    saving: Saving
+    low: Saving
+    high: Saving
+
+
+def rising(accuracies: Sequence[float]) -> list[float]:
+    """The nearest numbers that never fall: isotonic regression, all points with one weight.
+
+    Example: [0.1, 0.5, 0.3] becomes [0.1, 0.4, 0.4].
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    fitted: list[float] = isotonic_regression(np.asarray(accuracies, dtype=np.float64)).tolist()
+    return fitted
+
+
+def labels_needed(labels: Sequence[int], accuracies: Sequence[float], target: float) -> float:
+    """The fewest labels with which a curve reaches an accuracy; inf beyond its end, 0 below its beginning.
+
+    Args:
+        labels: of the curve's points, rising, above 0.
+        accuracies: at these points.
+        target: the accuracy to be reached.
+
+    Raises ValueError where the points do not fit each other or do not rise.
+
+    Example: a curve of 0.2 at 10 and 0.6 at 1,000 labels reaches 0.4 at 100.
+    """
+    if len(labels) != len(accuracies) or not labels or sorted(set(labels)) != list(labels) or labels[0] < 1:
+        raise ValueError(f"a curve of {list(labels)} labels and {len(accuracies)} accuracies: pass rising label counts")
+    curve = rising(accuracies)
+    if target < curve[0]:
+        return 0.0
+    if target > curve[-1]:
+        return math.inf
+    after = next(index for index, accuracy in enumerate(curve) if accuracy >= target)
+    if curve[after] == target or after == 0:
+        return float(labels[after])
+    share = (target - curve[after - 1]) / (curve[after] - curve[after - 1])
+    logs = math.log(labels[after - 1]), math.log(labels[after])
+    return math.exp(logs[0] + share * (logs[1] - logs[0]))
+
+
+def label_saving(count: int, accuracy: float, labels: Sequence[int], scratch: Sequence[float]) -> Saving:
+    """n_s / n for a pre-trained network with `count` labels, against a curve from scratch.
+
+    Args: `accuracy`: of the pre-trained network; `labels`, `scratch`: the curve's points.
+
+    Raises ValueError as `labels_needed`.
+
+    Example: 0.4 with 25 labels against 0.2 at 10 and 0.6 at 1,000 saves 4.0; 0.7 saves more than 40.0.
+    """
+    needed = labels_needed(labels, scratch, accuracy)
+    bound = {math.inf: labels[-1], 0.0: labels[0]}.get(needed, needed)
+    return Saving(needed if needed in (0.0, math.inf) else needed / count, bound / count)
+
+
+def saving_interval(
+    count: int,
+    pretrained: Tensor,
+    scratch: Mapping[int, Tensor],
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> SavingInterval:
+    """The saving with `count` labels, and its bootstrap interval.
+
+    Args:
+        count: labels of the pre-trained network, n.
+        pretrained: `runs draws images` bool, whether it was right: a row for each pre-training run and label draw.
+        scratch: `draws images` bool by number of labels: the same label draws and test images, from scratch.
+        resamples: at least 1.
+        level: of the interval, between 0 and 1.
+        seed: of the resampling.
+
+    With one pre-training run the interval leaves the luck of pre-training out.
+
+    Raises ValueError for shapes that do not fit each other.
+
+    Example: where both are right on the same images at the same count, the saving is 1.
+    """
+    _check_shapes(pretrained, scratch)
+    labels = sorted(scratch)
+    curves = torch.stack([scratch[number] for number in labels])
+    runs, draws, images = pretrained.shape
+    generator = torch.Generator().manual_seed(seed)
+    values: list[float] = []
+    for part in torch.arange(resamples).split(_AT_ONCE):
+        weights = _redrawn(images, len(part), generator) / images
+        chosen_runs, chosen_draws = (_redrawn(number, len(part), generator) / number for number in (runs, draws))
+        mean = torch.einsum("r d i, s i, s r, s d -> s", pretrained.double(), weights, chosen_runs, chosen_draws)
+        curve = torch.einsum("l d i, s i, s d -> s l", curves.double(), weights, chosen_draws)
+        values += [
+            label_saving(count, one, labels, points).value
+            for one, points in zip(mean.tolist(), curve.tolist(), strict=True)
+        ]
+    point = label_saving(count, pretrained.double().mean().item(), labels, curves.double().mean((1, 2)).tolist())
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    # an end that is censored is an infinity: no mean with its neighbour, which would be one too
+    ends = np.quantile(values, tails, method="nearest").tolist()
+    bounds = {math.inf: labels[-1] / count, 0.0: labels[0] / count}
+    low, high = (Saving(end, bounds.get(end, end)) for end in ends)
+    return SavingInterval(point, low, high)
+
+
+def _redrawn(count: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """How often each of `count` is among as many draws with replacement: `resamples count`, rows that sum to count."""
+    drawn = torch.randint(count, (resamples, count), generator=generator)
+    return torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+
+
+def _check_shapes(pretrained: Tensor, scratch: Mapping[int, Tensor]) -> None:
+    expected = tuple(pretrained.shape[1:])
+    shapes = {number: tuple(right.shape) for number, right in scratch.items()}
+    wrong = {number: shape for number, shape in shapes.items() if shape != expected}
+    if pretrained.dim() != 3 or not scratch or wrong or 0 in pretrained.shape:
+        raise ValueError(
+            f"pretrained {tuple(pretrained.shape)}, scratch {wrong or shapes}: pass `runs draws images` and, for each "
+            "number of labels, `draws images`"
+        )

@@ -1,0 +1,145 @@
+"""The label saving against curves whose answer is known, and its interval against what must hold of any bootstrap."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from contrastive_core.evaluate.label_saving import Saving, label_saving, labels_needed, rising, saving_interval
+
+LABELS = [10, 100, 1000]
+CURVE = [0.2, 0.4, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("target", "needed"),
+    [
+        (0.2, 10),
+        (0.3, math.sqrt(10) * 10),
+        (0.4, 100),
+        (0.5, math.sqrt(10) * 100),
+        (0.6, 1000),
+        (0.61, math.inf),
+        (0.19, 0.0),
+    ],
+)
+def test_a_straight_curve_over_log_labels(target, needed):
+    assert labels_needed(LABELS, CURVE, target) == pytest.approx(needed)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "expected"),
+    [
+        ([0.1, 0.5, 0.3], [0.1, 0.4, 0.4]),
+        ([0.6, 0.3, 0.0], [0.3, 0.3, 0.3]),
+        ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3]),
+        ([0.5], [0.5]),
+    ],
+)
+def test_a_curve_is_made_to_rise(accuracies, expected):
+    assert rising(accuracies) == pytest.approx(expected)
+
+
+def test_a_plateau_is_reached_at_its_beginning():
+    assert labels_needed([10, 100, 1000], [0.2, 0.4, 0.4], 0.4) == 100
+    # a dip is levelled out: 0.5 and 0.3 are 0.4 both
+    assert labels_needed([10, 100, 1000, 10_000], [0.2, 0.5, 0.3, 0.8], 0.4) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("count", "accuracy", "saving", "said"),
+    [
+        (25, 0.4, Saving(4.0, 4.0), "4.0"),
+        (100, 0.4, Saving(1.0, 1.0), "1.0"),
+        (200, 0.4, Saving(0.5, 0.5), "0.5"),
+        (25, 0.9, Saving(math.inf, 40.0), "> 40.0"),
+        (25, 0.1, Saving(0.0, 0.4), "< 0.4"),
+        (1, 0.9, Saving(math.inf, 1000.0), "> 1000"),
+    ],
+)
+def test_savings_and_how_they_are_said(count, accuracy, saving, said):
+    assert label_saving(count, accuracy, LABELS, CURVE) == pytest.approx(saving)
+    assert str(saving) == said
+
+
+@pytest.mark.parametrize("labels", [[], [10, 10], [100, 10], [0, 10], [10]])
+def test_points_that_do_not_fit_are_refused(labels):
+    with pytest.raises(ValueError, match="pass rising label counts"):
+        labels_needed(labels, [0.1, 0.2], 0.1)
+
+
+def right(share: float, *shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def test_an_arm_against_itself_saves_nothing_and_is_sure_of_it():
+    """Paired: whatever images and draws are drawn, both arms are right on the same ones."""
+    scratch = {number: right(share, 5, 400, seed=number) for number, share in zip(LABELS, CURVE, strict=True)}
+    found = saving_interval(100, scratch[100][None], scratch, resamples=200)
+    assert [one.value for one in found] == pytest.approx([1, 1, 1])
+
+
+def test_the_point_lies_inside_and_other_seeds_agree():
+    scratch = {number: right(share, 5, 500, seed=number) for number, share in zip(LABELS, CURVE, strict=True)}
+    pretrained = right(0.5, 3, 5, 500, seed=7)
+    saving, low, high = saving_interval(100, pretrained, scratch, resamples=500)
+    assert low.value < saving.value < high.value
+    assert saving.value == pytest.approx(math.sqrt(10), rel=0.2)
+    many, again = (saving_interval(100, pretrained, scratch, seed=seed) for seed in (1, 2))
+    assert (many.low.value, many.high.value) == pytest.approx((again.low.value, again.high.value), rel=0.15)
+    assert saving_interval(100, pretrained, scratch, resamples=500) == (saving, low, high)
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    """One level of chance at a time, where the truth is known: images alone, 100 repetitions of a level of 0.8."""
+    covered = 0
+    for seed in range(100):
+        scratch = {n: right(s, 1, 200, seed=1000 * seed + n) for n, s in zip(LABELS, CURVE, strict=True)}
+        found = saving_interval(100, right(0.5, 1, 1, 200, seed=seed), scratch, resamples=100, level=0.8)
+        covered += found.low.value <= math.sqrt(10) <= found.high.value
+    assert 68 <= covered <= 92  # binomial, four deviations of 4
+
+
+def test_runs_that_differ_widen_the_interval():
+    scratch = {number: right(share, 5, 500, seed=number) for number, share in zip(LABELS, CURVE, strict=True)}
+    alike = right(0.5, 1, 5, 500, seed=3).expand(3, -1, -1)
+    unlike = torch.stack([right(share, 5, 500, seed=3) for share in (0.42, 0.5, 0.58)])
+    widths = []
+    for pretrained in (alike, unlike):
+        found = saving_interval(100, pretrained, scratch, resamples=300)
+        widths.append(math.log(found.high.value / found.low.value))
+    assert widths[1] > 1.5 * widths[0]
+
+
+def test_what_is_beyond_the_curve_is_censored_and_not_left_out():
+    scratch = {number: right(share, 5, 300, seed=number) for number, share in zip(LABELS, CURVE, strict=True)}
+    saving, low, high = saving_interval(10, torch.ones(1, 5, 300, dtype=torch.bool), scratch, resamples=50)
+    assert [str(one) for one in (saving, low, high)] == ["> 100"] * 3
+    none = saving_interval(10, torch.zeros(1, 5, 300, dtype=torch.bool), scratch, resamples=50)
+    assert [str(one) for one in none] == ["< 1.0"] * 3
+    # at the edge some resamples are beyond and some are not: the lower end is a number, the upper is not
+    edge = saving_interval(10, scratch[1000][None], scratch, resamples=200)
+    near = right(0.6, 1, 5, 300, seed=99)
+    mixed = saving_interval(10, near, scratch, resamples=200)
+    assert edge.saving == pytest.approx(Saving(100.0, 100.0))
+    assert math.isfinite(mixed.low.value)
+    assert mixed.high.value == math.inf
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "scratch"),
+    [
+        ((5, 300), {10: (5, 300)}),
+        ((1, 5, 300), {10: (4, 300)}),
+        ((1, 5, 300), {10: (5, 299)}),
+        ((1, 5, 300), {}),
+        ((0, 5, 300), {10: (5, 300)}),
+        ((1, 5, 300), {10: (5, 300), 20: (5,)}),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(pretrained, scratch):
+    tables = {number: torch.zeros(shape, dtype=torch.bool) for number, shape in scratch.items()}
+    with pytest.raises(ValueError, match="pass `runs draws images`"):
+        saving_interval(10, torch.zeros(pretrained, dtype=torch.bool), tables)
