@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from contrastive_core.data import ImageDataset, Splits, only_labelled
+from contrastive_core.data import ImageDataset, LabelSplit, Splits, only_labelled
 from contrastive_core.methods.classifier import Classifier
 from contrastive_core.methods.distill import Distill
 from cpc.entry import build, check_complete, command
@@ -45,6 +45,7 @@ class DistillSchema(PretrainSchema):
     fraction: float | None
     labels: int | None
     labels_per_class: int | None
+    label_list: str | None
     label_seed: int
     encoder: Any = None
     data: Any = None
@@ -102,10 +103,10 @@ def build_distillation(cfg: DictConfig) -> tuple[Distill, dict[str, Any]]:
     return Distill(student, teacher, temperature=cfg.temperature, weight=cfg.weight), described
 
 
-def distilled_images(cfg: DictConfig, train: ImageDataset) -> tuple[ImageDataset, int]:
-    """All training images, with the labels that may be seen, and how many these are."""
-    chosen = chosen_labels(cfg, train.labels) if cfg.weight < 1 else torch.empty(0, dtype=torch.int64)
-    return only_labelled(train, chosen), len(chosen)
+def distilled_images(cfg: DictConfig, train: ImageDataset) -> tuple[ImageDataset, LabelSplit]:
+    """All training images, with the labels that may be seen, and which these are."""
+    split = chosen_labels(cfg, train) if cfg.weight < 1 else LabelSplit(torch.empty(0, dtype=torch.int64), "")
+    return only_labelled(train, split.indices), split
 
 
 def distill(cfg: DictConfig) -> Path:
@@ -113,7 +114,7 @@ def distill(cfg: DictConfig) -> Path:
     settle_(cfg)
     splits: Splits = build(cfg.data)
     classes = len(read_card(cfg.teacher)[1]["classifier"]["class_names"])
-    images, labels = distilled_images(cfg, splits.train)
+    images, split = distilled_images(cfg, splits.train)
     if splits.train.classes not in (0, classes):
         raise ValueError(f"the data has {splits.train.classes} classes, the teacher knows {classes}: pass its own data")
     test = labelled_test(splits, classes)
@@ -123,7 +124,7 @@ def distill(cfg: DictConfig) -> Path:
         return Pieces(method, build(cfg.views), images, encoder_card(cfg, method) | described)
 
     run_dir = train_run(cfg, pieces)
-    write_tests(cfg, run_dir, {"student": run_dir, "teacher": Path(cfg.teacher)}, test, labels)
+    write_tests(cfg, run_dir, {"student": run_dir, "teacher": Path(cfg.teacher)}, test, split)
     return run_dir
 
 

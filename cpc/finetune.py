@@ -19,7 +19,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from contrastive_core.data import BadImages, ImageDataset, Splits, label_fraction, labels_per_class
+from contrastive_core.data import (
+    BadImages,
+    ImageDataset,
+    LabelSplit,
+    Splits,
+    label_fraction,
+    labels_listed,
+    labels_per_class,
+    sample_ids,
+    split_digest,
+)
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.methods.classifier import Classifier
 from cpc.entry import build, check_complete, command, start_accelerator
@@ -39,7 +49,7 @@ from cpc.run import Pieces, check_numbers, train_run
 LARGEST_CONFUSION = 100
 """Classes up to which the confusion matrix is written down."""
 
-WHICH_LABELS = ("fraction", "labels", "labels_per_class")
+WHICH_LABELS = ("fraction", "labels", "labels_per_class", "label_list")
 
 
 @dataclass(kw_only=True)
@@ -50,6 +60,7 @@ class FinetuneSchema(PretrainSchema):
     fraction: float | None
     labels: int | None
     labels_per_class: int | None
+    label_list: str | None
     label_seed: int
     head_layer: int
     frozen: bool
@@ -108,26 +119,34 @@ def architecture_node(card: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_which_labels(cfg: DictConfig) -> None:
-    """Raise ValueError unless exactly one of fraction, labels and labels_per_class is given."""
+    """Raise ValueError unless exactly one of WHICH_LABELS is given."""
     given = [f"{name}={cfg[name]}" for name in WHICH_LABELS if cfg[name] is not None]
     if len(given) != 1:
         raise ValueError(f"{' and '.join(given) or 'no labels'} asked for: pass one of {', '.join(WHICH_LABELS)}")
 
 
-def chosen_labels(cfg: DictConfig, labels: Tensor) -> Tensor:
-    """The images whose labels are used: sorted indices into `labels` (`n` int64, -1 = none).
+def chosen_labels(cfg: DictConfig, train: ImageDataset) -> LabelSplit:
+    """The training images whose labels are used.
 
-    Raises ValueError where there are not enough, or `cfg.labels` is no multiple of the number of classes.
+    Raises ValueError where there are not enough, or `cfg.labels` is no multiple of the number of classes;
+    FileNotFoundError where `cfg.label_list` is no file.
     """
+    ids = sample_ids(train)
+    indices = labels_listed(train, cfg.label_list) if cfg.label_list else _drawn_labels(cfg, train.labels, ids)
+    return LabelSplit(indices, split_digest(ids, train.labels, indices))
+
+
+def _drawn_labels(cfg: DictConfig, labels: Tensor, ids: Tensor) -> Tensor:
+    by = {"seed": cfg.label_seed, "ids": ids}
     if cfg.fraction is not None:
-        return label_fraction(labels, cfg.fraction, seed=cfg.label_seed)
+        return label_fraction(labels, cfg.fraction, **by)
     if cfg.labels_per_class is not None:
-        return labels_per_class(labels, cfg.labels_per_class, seed=cfg.label_seed)
+        return labels_per_class(labels, cfg.labels_per_class, **by)
     classes = max(1, len(labels[labels >= 0].unique()))
     if cfg.labels % classes or cfg.labels < 1:
         below = max(classes, cfg.labels // classes * classes)
         raise ValueError(f"labels={cfg.labels} for {classes} classes: pass a multiple, {below} or {below + classes}")
-    return labels_per_class(labels, cfg.labels // classes, seed=cfg.label_seed)
+    return labels_per_class(labels, cfg.labels // classes, **by)
 
 
 def labelled_test(splits: Splits, classes: int) -> ImageDataset:
@@ -174,10 +193,10 @@ def accuracy_of(table: Tensor) -> float:
     return (table.diagonal().sum().double() / table.sum()).item()
 
 
-def write_tests(cfg: DictConfig, run_dir: Path, runs: dict[str, Path], images: ImageDataset, labels: int) -> None:
+def write_tests(cfg: DictConfig, run_dir: Path, runs: dict[str, Path], images: ImageDataset, split: LabelSplit) -> None:
     """Test what each of `runs` (a name, a folder) exported and write `run_dir/test.json`; all processes call it.
 
-    A row each, and the first one's confusion matrix. `labels`: how many the run in `run_dir` has seen.
+    A row each, and the first one's confusion matrix. `split`: the labels that the run in `run_dir` has seen.
     """
     accelerator = start_accelerator(
         precision=cfg.precision, device=cfg.device, threads=cfg.threads, accumulate=cfg.accumulate
@@ -190,7 +209,8 @@ def write_tests(cfg: DictConfig, run_dir: Path, runs: dict[str, Path], images: I
             {"encoder": name, "mode": "image", "readout": "mean", "probe": "classifier", "accuracy": accuracy_of(table)}
             for name, table in tables.items()
         ]
-        record: dict[str, Any] = {"run": str(run_dir), "torch": torch.__version__, "labels": labels}
+        record: dict[str, Any] = {"run": str(run_dir), "torch": torch.__version__}
+        record |= {"labels": len(split.indices), "label_split": split.digest}
         record |= {"test_images": len(images), "rows": rows}
         first = next(iter(runs))
         if len(tables[first]) <= LARGEST_CONFUSION:
@@ -199,7 +219,7 @@ def write_tests(cfg: DictConfig, run_dir: Path, runs: dict[str, Path], images: I
         (run_dir / "test.partial").write_text(json.dumps(record) + "\n")
         (run_dir / "test.partial").rename(run_dir / "test.json")
         for row in rows:
-            print(f"{row['encoder']}: test accuracy {row['accuracy']:.4f}")
+            print(f"{row['encoder']}: test accuracy {row['accuracy']:.4f} ({split})")
         print(f"written to {run_dir / 'test.json'}")
     accelerator.wait_for_everyone()
 
@@ -257,8 +277,8 @@ def finetune(cfg: DictConfig) -> Path:
     """Run one configuration to its end, test included; returns the run's folder."""
     settle_(cfg)
     splits: Splits = build(cfg.data)
-    chosen = chosen_labels(cfg, splits.train.labels)
-    few, test = splits.train.subset(chosen), labelled_test(splits, splits.train.classes)
+    split = chosen_labels(cfg, splits.train)
+    few, test = splits.train.subset(split.indices), labelled_test(splits, splits.train.classes)
     cfg.batch_size = fitting_batch(cfg, len(few))
 
     def pieces() -> Pieces:
@@ -267,7 +287,7 @@ def finetune(cfg: DictConfig) -> Path:
         return Pieces(method, build(cfg.views), few, card)
 
     run_dir = train_run(cfg, pieces)
-    write_tests(cfg, run_dir, {"fine-tuned" if cfg.run else "from scratch": run_dir}, test, len(few))
+    write_tests(cfg, run_dir, {"fine-tuned" if cfg.run else "from scratch": run_dir}, test, split)
     return run_dir
 
 

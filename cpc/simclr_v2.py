@@ -53,6 +53,7 @@ class SimCLRv2Schema:
     fraction: float | None
     labels: int | None
     labels_per_class: int | None
+    label_list: str | None
     label_seed: int
     supervised: bool
     seed: int
@@ -209,7 +210,8 @@ def simclr_v2(cfg: DictConfig) -> Path:
         second[name] = first[name]
     check_complete(second)
     splits: Splits = build(second.data)
-    few = splits.train.subset(chosen_labels(cfg, splits.train.labels))
+    split = chosen_labels(cfg, splits.train)
+    few = splits.train.subset(split.indices)
     test = labelled_test(splits, splits.train.classes)
     fitting_batch(second, len(few))
 
@@ -223,7 +225,7 @@ def simclr_v2(cfg: DictConfig) -> Path:
             if not (out / step.name / step.last_file).is_file():
                 step.job(step.cfg)
             accelerator.wait_for_everyone()
-        summary = summarise(cfg, few, test, accelerator)
+        summary = {"label_split": split.digest, **summarise(cfg, few, test, accelerator)}
         if accelerator.is_main_process:
             (out / "summary.partial").write_text(json.dumps(summary, indent=1) + "\n")
             (out / "summary.partial").rename(out / "summary.json")

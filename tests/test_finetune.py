@@ -32,6 +32,9 @@ from cpc.run import check_numbers
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
 
+MNIST_20 = "4992e15463e9"
+"""The digest of two labels a class of the bundled digits, seed 0, on any machine."""
+
 TINY = ["batch_size=16", "log_every=1", "threads=1", "device=cpu", "probe_every=0"]
 
 
@@ -157,6 +160,7 @@ def test_what_it_leaves_behind(start, simclr_run, layer):
         predicted = classifier(test.pixels.float() / 255).argmax(1)
     (row,) = record["rows"]
     assert (row["encoder"], record["labels"], record["test_images"]) == ("fine-tuned", 20, 1000)
+    assert record["label_split"] == MNIST_20
     assert row["accuracy"] == pytest.approx((predicted == test.labels).float().mean().item(), abs=0.003)
     table = torch.tensor(record["confusion"])
     assert table.sum(1).tolist() == test.labels.bincount().tolist()
@@ -248,19 +252,30 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, interrupted_at
 # ---- which labels, which test images ----
 
 
-def test_which_labels_are_used():
+def test_which_labels_are_used(tmp_path):
     labels = torch.arange(40) % 4
     labels[::10] = -1
-    cfg = composed("finetune", "run=x", "labels=8")
-    few = chosen_labels(cfg, labels)
-    assert labels[few].bincount().tolist() == [2, 2, 2, 2]
-    assert torch.equal(chosen_labels(composed("finetune", "run=x", "labels_per_class=2"), labels), few)
-    more = chosen_labels(composed("finetune", "run=x", "fraction=0.5"), labels)
-    assert set(few.tolist()) < set(more.tolist())
-    assert not torch.equal(chosen_labels(composed("finetune", "run=x", "labels=8", "label_seed=1"), labels), few)
+    pixels = torch.arange(40, dtype=torch.uint8)[:, None, None].expand(40, 4, 4).numpy()
+    train = ImageDataset(pixels, size=4, labels=labels)
+
+    def chosen(*which):
+        return chosen_labels(composed("finetune", "run=x", *which), train)
+
+    few = chosen("labels=8")
+    assert labels[few.indices].bincount().tolist() == [2, 2, 2, 2]
+    again = chosen("labels_per_class=2")
+    assert torch.equal(again.indices, few.indices)
+    assert str(again) == str(few) == f"8 labels, split {few.digest}"
+    assert set(few.indices.tolist()) < set(chosen("fraction=0.5").indices.tolist())
+    other = chosen("labels=8", "label_seed=1")
+    assert other.digest != few.digest
+    assert not torch.equal(other.indices, few.indices)
     for count, words in ((10, "pass a multiple, 8 or 12"), (0, "pass a multiple, 4 or 8"), (2, "4 or 8")):
         with pytest.raises(ValueError, match=rf"labels={count} for 4 classes: .*{words}"):
-            chosen_labels(composed("finetune", "run=x", f"labels={count}"), labels)
+            chosen(f"labels={count}")
+    listed = tmp_path / "1percent.txt"
+    listed.write_text("image 3\nimage 1\n")
+    assert chosen(f"label_list={listed}").indices.tolist() == [1, 3]
 
 
 def test_a_batch_is_no_larger_than_the_labels_and_splits_into_micro_batches(start):

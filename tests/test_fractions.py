@@ -1,13 +1,22 @@
 """Label fractions lie inside one another, hold every class, and share the pixels."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contrastive_core.data import ImageDataset, label_fraction, labels_per_class, only_labelled
+from contrastive_core.data import (
+    ImageDataset,
+    label_fraction,
+    labels_listed,
+    labels_per_class,
+    only_labelled,
+    sample_ids,
+    split_digest,
+)
 
 
 def random_labels(count=600, classes=5, seed=0):
@@ -181,3 +190,89 @@ def test_a_fraction_of_a_data_set():
 def test_labels_that_are_not_there_cannot_be_kept(indices, message):
     with pytest.raises(ValueError, match=message):
         only_labelled(dataset(), torch.tensor(indices))
+
+
+# ---- who an image is, and lists that others have made ----
+
+
+def encoded(count=12):
+    return [bytes([index]) * 9 for index in range(count)]
+
+
+def test_an_identity_goes_with_the_content_not_with_the_place():
+    source = encoded()
+    ids = sample_ids(ImageDataset(source, size=4))
+    assert len(ids.unique()) == 12
+    assert torch.equal(sample_ids(ImageDataset(source[::-1], size=4)), ids.flip(0))
+    pixels = torch.arange(48, dtype=torch.uint8).view(3, 4, 4).numpy()
+    one, other = (sample_ids(ImageDataset(given, size=4)) for given in (pixels, [pixels[0], pixels[1], pixels[2]]))
+    assert torch.equal(one, other)
+
+
+def test_a_files_identity_is_its_name_and_folder():
+    here, there = (
+        sample_ids(ImageDataset([Path(root, name) for name in ("cat/1.png", "dog/1.png")], size=4))
+        for root in ("/a", "b/c")
+    )
+    assert torch.equal(here, there)
+    assert here[0] != here[1]
+
+
+def test_a_shuffled_copy_gives_the_same_split():
+    source, labels = encoded(40), [index % 4 for index in range(40)]
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    first = ImageDataset(source, size=4, labels=labels)
+    second = ImageDataset([source[i] for i in order], size=4, labels=[labels[i] for i in order])
+    digests = []
+    for dataset in (first, second):
+        ids = sample_ids(dataset)
+        chosen = labels_per_class(dataset.labels, 3, seed=5, ids=ids)
+        digests.append(split_digest(ids, dataset.labels, chosen))
+        assert split_digest(ids, dataset.labels, chosen.flip(0)) == digests[-1]
+        assert split_digest(ids, dataset.labels, chosen[1:]) != digests[-1]
+        wrong = dataset.labels.clone()
+        wrong[chosen[0]] += 1
+        assert split_digest(ids, wrong, chosen) != digests[-1]
+    assert digests == ["fdfa71b42f1b"] * 2, "stable over processes, machines and Python versions"
+
+
+def test_nesting_holds_by_identity_too():
+    labels, ids = random_labels(), torch.randint(1 << 62, (600,), generator=torch.Generator().manual_seed(3))
+    choices = [set(label_fraction(labels, share, seed=2, ids=ids).tolist()) for share in (0.02, 0.05, 0.2, 1.0)]
+    assert all(small < large for small, large in itertools.pairwise(choices))
+    assert choices[0] != set(label_fraction(labels, 0.02, seed=2).tolist())
+
+
+def listed(tmp_path, text, labels=(0, 1, 0, -1)):
+    (tmp_path / "list.txt").write_text(text)
+    paths = [Path("/data") / name for name in ("a/1.JPEG", "b/2.JPEG", "a/3.JPEG", "a/4.JPEG")]
+    dataset = ImageDataset(paths, size=4, labels=list(labels), class_names=["a", "b"])
+    return labels_listed(dataset, tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("text", ["3.JPEG\n1.JPEG\n", "\n a/1.JPEG\r\n\nelsewhere/3.JPEG"])
+def test_a_list_of_file_names(text, tmp_path):
+    assert listed(tmp_path, text).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no name: pass a list of this data set's file names"),
+        ("1.JPEG\n5.JPEG", "0 labelled images are called 5.JPEG"),
+        ("4.JPEG", "0 labelled images are called 4.JPEG"),
+        ("1.JPEG\n1.JPEG", "names repeat"),
+    ],
+)
+def test_lists_of_other_names_are_refused(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        listed(tmp_path, text)
+
+
+def test_a_name_that_two_images_have_and_a_missing_list(tmp_path):
+    paths = ImageDataset([Path("a/1.png"), Path("b/1.png")], size=4, labels=[0, 1])
+    (tmp_path / "list.txt").write_text("1.png\n")
+    with pytest.raises(ValueError, match=r"2 labelled images are called 1\.png"):
+        labels_listed(paths, tmp_path / "list.txt")
+    with pytest.raises(FileNotFoundError, match="pass a list of image file names"):
+        labels_listed(paths, tmp_path / "none.txt")

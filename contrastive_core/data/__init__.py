@@ -2,10 +2,11 @@
 
 A data set is a list of encoded images and a size; a batch is a pure function of (seed, step). Images stay uint8 until
 they are on the device, unless the loader's workers are to augment them (`worker_views`, which loads torchvision and is
-imported from its own module). `fractions` chooses the few labels of many.
+imported from its own module). `fractions` chooses the few labels of many, `identity` says who an image is.
 """
 
-from contrastive_core.data.fractions import label_fraction, labels_per_class, only_labelled
+from contrastive_core.data.fractions import label_fraction, labels_listed, labels_per_class, only_labelled
+from contrastive_core.data.identity import LabelSplit, sample_ids, split_digest
 from contrastive_core.data.images import ImageDataset, Sample, UndecodableImage
 from contrastive_core.data.loading import (
     BadImages,
@@ -21,6 +22,7 @@ from contrastive_core.data.sources import Splits, imagefolder, mnist5k, parquet,
 __all__ = [
     "BadImages",
     "ImageDataset",
+    "LabelSplit",
     "LoadedBatch",
     "Sample",
     "Splits",
@@ -30,11 +32,14 @@ __all__ = [
     "evaluation_batches",
     "imagefolder",
     "label_fraction",
+    "labels_listed",
     "labels_per_class",
     "mnist5k",
     "only_labelled",
     "parquet",
+    "sample_ids",
     "sample_order",
+    "split_digest",
     "torchvision_dataset",
     "training_batches",
 ]

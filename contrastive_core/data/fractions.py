@@ -1,14 +1,16 @@
 """A few labels of many: nested choices, so that the images with 1 % of the labels are among those with 2 %.
 
-Each image has a place in the order of its class by a random number of its own, a function of (seed, index) alone.
-So a curve over fractions adds images and exchanges none, every class is there at every point of it, and an image's
-place does not change when others gain or lose their labels.
+Each image has a place in the order of its class by a random number of its own, a function of (seed, identity) alone,
+where its identity is what `sample_ids` gives, or else its index. So a curve over fractions adds images and exchanges
+none, every class is there at every point of it, and an image's place does not change when others gain or lose their
+labels. `labels_listed` reads a choice that others have made.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from contrastive_core.data.images import ImageDataset
 from contrastive_core.randomness import Randomness
 
 
-def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
+def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0, ids: Tensor | None = None) -> Tensor:
     """The images that keep their labels when a share of them is kept: sorted indices, int64.
 
     Of a class of n images round(fraction n) are taken, and at least one. Rounded and not up, since a curve over few
@@ -27,6 +29,7 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
         labels: `n` integers, -1 = unlabelled.
         fraction: of the labelled images, above 0 and at most 1.
         seed: other seeds take other images; any integer.
+        ids: `n` int64, the images' identities, as `sample_ids` gives them; None = their indices.
 
     Raises ValueError for a fraction out of range, no labels, and fewer than one label a class to be had.
 
@@ -41,10 +44,10 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
             f"fraction {fraction} of {labelled} labelled images is less than one for each of {len(classes)} classes: "
             f"pass at least {math.ceil(len(classes) / labelled * 1e4) / 1e4:g}, or labels_per_class=1"
         )
-    return _first(classes, [max(1, round(fraction * len(rows))) for rows in classes], seed)
+    return _first(classes, [max(1, round(fraction * len(rows))) for rows in classes], seed, ids)
 
 
-def labels_per_class(labels: Tensor, count: int, *, seed: int = 0) -> Tensor:
+def labels_per_class(labels: Tensor, count: int, *, seed: int = 0, ids: Tensor | None = None) -> Tensor:
     """`count` images of each class: sorted indices, `classes * count` int64.
 
     Args: as `label_fraction`'s, whose order this is: a smaller choice lies inside a larger one of either kind.
@@ -59,7 +62,33 @@ def labels_per_class(labels: Tensor, count: int, *, seed: int = 0) -> Tensor:
         raise ValueError(
             f"{count} labels a class, the rarest of {len(classes)} classes has {fewest}: pass 1 to {fewest}"
         )
-    return _first(classes, [count] * len(classes), seed)
+    return _first(classes, [count] * len(classes), seed, ids)
+
+
+def labels_listed(dataset: ImageDataset, file: str | Path) -> Tensor:
+    """The images that a text file names, a file name a line: sorted indices, int64.
+
+    For the lists of SimCLR's semi-supervised runs (google-research/simclr, `1percent.txt` and `10percent.txt` of
+    ImageNet's file names). Images are known by the last part of their name, blank lines are skipped.
+
+    Raises FileNotFoundError for a missing file; ValueError for a list of nothing, a name that no labelled image or more
+    than one has, or that stands there twice.
+
+    Example: for files `a/1.png` and `b/2.png`, a list of the line `2.png` gives [1].
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file}: pass a list of image file names, one a line")
+    lines = (line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines())
+    wanted = [line.rpartition("/")[2] for line in lines if line]
+    places: dict[str, list[int]] = {}
+    for index in (dataset.labels >= 0).nonzero().flatten().tolist():
+        places.setdefault(Path(dataset.name(index)).name, []).append(index)
+    wrong = [name for name in wanted if len(places.get(name, [])) != 1]
+    if wrong or not wanted or len(set(wanted)) != len(wanted):
+        found = f"{len(places.get(wrong[0], []))} labelled images are called {wrong[0]}" if wrong else "names repeat"
+        said = found if wanted else "no name"
+        raise ValueError(f"{file}: {said}: pass a list of this data set's file names, one a line")
+    return torch.tensor(sorted(places[name][0] for name in wanted), dtype=torch.int64)
 
 
 def only_labelled(dataset: ImageDataset, indices: Tensor) -> ImageDataset:
@@ -96,9 +125,10 @@ def _rows_by_class(labels: Tensor) -> list[Tensor]:
     return rows
 
 
-def _first(classes: list[Tensor], counts: list[int], seed: int) -> Tensor:
+def _first(classes: list[Tensor], counts: list[int], seed: int, ids: Tensor | None) -> Tensor:
     chosen = []
     for rows, count in zip(classes, counts, strict=True):
-        order = Randomness(seed, 0, rows).integers("label order", 1 << 62).argsort(stable=True)
+        places = rows if ids is None else ids[rows]
+        order = Randomness(seed, 0, places).integers("label order", 1 << 62).argsort(stable=True)
         chosen.append(rows[order[:count]])
     return torch.cat(chosen).sort().values

@@ -1,0 +1,64 @@
+"""Who an image is, wherever its data set lies and in whatever order: what label splits are drawn by and checked by.
+
+An image's identity is a hash of its encoded bytes or pixels; of one that is a file, of the last two parts of its path,
+`n01440764/n01440764_10026.JPEG`, since a million files are not read to draw a split. So the same split comes out on
+another machine, under another root, from a shuffled copy. Two images that are one by that rule have one identity, and
+go by their order in the data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_core.data.images import Encoded, ImageDataset
+
+SPLIT_VERSION = 1
+"""Of the way splits are drawn. Any change that gives other images another number, and another digest to all splits."""
+
+
+def sample_ids(dataset: ImageDataset) -> Tensor:
+    """An identity for each image: `n` int64.
+
+    Example: two data sets of the same JPEG bytes in another order have the same identities in that order.
+    """
+    return torch.tensor([_number(dataset.source[index]) for index in range(len(dataset))], dtype=torch.int64)
+
+
+def split_digest(ids: Tensor, labels: Tensor, indices: Tensor) -> str:
+    """Twelve hexadecimal digits that stand for the chosen images and their labels: the first of a SHA-256.
+
+    Args:
+        ids, labels: `n` int64 of the whole data set.
+        indices: `m` int64, the chosen ones in any order.
+
+    Example: the same choice has the same digest on every machine, and one label more has another.
+    """
+    chosen = sorted(zip(ids[indices].tolist(), labels[indices].tolist(), strict=True))
+    lines = [f"version {SPLIT_VERSION}", *(f"{number} {label}" for number, label in chosen)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+class LabelSplit(NamedTuple):
+    """The images whose labels are used: sorted `indices` `m` int64, and their `digest`, "" where there are none."""
+
+    indices: Tensor
+    digest: str
+
+    def __str__(self) -> str:
+        """Example: "40 labels, split 0f3c21a4b5d6"."""
+        return f"{len(self.indices):,} labels" + (f", split {self.digest}" if self.digest else "")
+
+
+def _number(encoded: Encoded) -> int:
+    if isinstance(encoded, str | Path):
+        content = "/".join(Path(encoded).parts[-2:]).encode()
+    elif isinstance(encoded, bytes):
+        content = encoded
+    else:
+        content = str(encoded.shape).encode() + encoded.tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
