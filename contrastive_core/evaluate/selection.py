@@ -1,0 +1,100 @@
+"""Choosing settings with few labels, and with nothing else: no test image and no other label has a say.
+
+The labels themselves are parted. From A_CLASS_FOR_A_PART labels a class up a fifth of them is held out once; with fewer
+every label is held out in turn (stratified folds); with one a class there is nothing to hold out, and the settings are
+to be fixed beforehand, on other data. Whatever is chosen is fitted again to all labels: those held out count as labels.
+
+Settings are tried by successive halving (Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and
+Hyperparameter Optimization"): all of them for a small share of the steps, the better half for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from contrastive_core.randomness import Randomness
+
+A_CLASS_FOR_A_PART = 20
+FOLDS = 5
+SHARES = (0.25, 0.5, 1.0)
+"""Of the steps, for all settings, for half of them and for a quarter."""
+
+Setting = TypeVar("Setting")
+
+
+class Part(NamedTuple):
+    """Places among the few labels: those to `fit`, and those `held` out to judge by; sorted int64."""
+
+    fit: Tensor
+    held: Tensor
+
+
+def selection_parts(labels: Tensor, *, seed: int = 0) -> list[Part]:
+    """How few labels are parted for choosing settings: one part, folds, or nothing where a class has one label.
+
+    Args:
+        labels: `n` int64 from 0, of the images that may be used.
+        seed: of the parting; it has no part in which labels these are.
+
+    Every part holds every class on both sides. The rarest class decides which of the three it is.
+
+    Raises ValueError for labels of another shape, none, or one below 0.
+
+    Example: of 2 labels a class there are two folds; of 40 a class, one part that holds out 8 of each.
+    """
+    if labels.dim() != 1 or not len(labels) or labels.is_floating_point() or int(labels.min()) < 0:
+        raise ValueError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}: pass `n` integers from 0")
+    rarest = int(labels.unique(return_counts=True)[1].min())
+    if rarest == 1:
+        return []
+    rank = _rank_in_class(labels, seed)
+    if rarest >= A_CLASS_FOR_A_PART:
+        return [_part(rank % FOLDS == 0)]
+    folds = min(FOLDS, rarest)
+    return [_part(rank % folds == fold) for fold in range(folds)]
+
+
+def _rank_in_class(labels: Tensor, seed: int) -> Tensor:
+    """Each label's place in a random order of its class, from 0."""
+    order = Randomness(seed, 0, torch.arange(len(labels))).integers("selection", 1 << 62)
+    rank = torch.empty_like(labels)
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        rank[rows[order[rows].argsort(stable=True)]] = torch.arange(len(rows))
+    return rank
+
+
+def _part(held: Tensor) -> Part:
+    return Part((~held).nonzero().flatten(), held.nonzero().flatten())
+
+
+def successive_halving(
+    settings: Sequence[Setting], score: Callable[[Setting, float], float], *, shares: Sequence[float] = SHARES
+) -> Setting:
+    """The setting that scores highest, of those that were among the better half each time before.
+
+    Args:
+        settings: to choose from, at least one; of equals the first is kept.
+        score: `score(setting, share)` tries a setting for a share of the steps; higher is better.
+        shares: rising, at most 1. The last ones are left out where there is nothing left to choose between.
+
+    Raises ValueError for no settings, and shares that do not rise up to 1 at most.
+
+    Example: 8 settings are tried for a quarter of the steps, 4 for half, and 2 for all of them: 6 whole trials.
+    """
+    if not settings or list(shares) != sorted(set(shares)) or not shares or not 0 < shares[0] <= shares[-1] <= 1:
+        raise ValueError(f"{len(settings)} settings, shares {list(shares)}: pass settings, and shares that rise to 1")
+    left = list(settings)
+    for share in shares:
+        if len(left) == 1:
+            break
+        scores = [score(setting, share) for setting in left]
+        best = sorted(range(len(left)), key=lambda place: -scores[place])
+        last = share == shares[-1]
+        kept = sorted(best[: 1 if last else -(-len(left) // 2)])
+        left = [left[place] for place in kept]
+    return left[0]
