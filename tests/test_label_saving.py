@@ -93,13 +93,13 @@ def test_the_point_lies_inside_and_other_seeds_agree():
 
 
 def test_the_interval_covers_as_often_as_it_says():
-    """One level of chance at a time, where the truth is known: images alone, 100 repetitions of a level of 0.8."""
+    """One level of chance at a time, where the truth is known: images alone, 60 repetitions of a level of 0.8."""
     covered = 0
-    for seed in range(100):
+    for seed in range(60):
         scratch = {n: right(s, 1, 200, seed=1000 * seed + n) for n, s in zip(LABELS, CURVE, strict=True)}
-        found = saving_interval(100, right(0.5, 1, 1, 200, seed=seed), scratch, resamples=100, level=0.8)
+        found = saving_interval(100, right(0.5, 1, 1, 200, seed=seed), scratch, resamples=60, level=0.8)
         covered += found.low.value <= math.sqrt(10) <= found.high.value
-    assert 68 <= covered <= 92  # binomial, four deviations of 4
+    assert 38 <= covered <= 58  # binomial: 48, three deviations of 3
 
 
 def test_runs_that_differ_widen_the_interval():
