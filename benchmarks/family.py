@@ -5,14 +5,17 @@
 The parquet files hold a column `image` of encoded bytes and a column `label`. Two tables come out:
 
 1. equal CPU seconds: each method is given 480 seconds of one thread;
-2. equal images: SimCLR, MoCo v2, BYOL and CPC see as many images as CPC does in 480 seconds.
+2. equal images: SimCLR, MoCo v2, BYOL and CPC see as many images as CPC does in 480 seconds;
+
+and the variants by which it was asked why some methods gain little.
 
 How it goes: `rates` measures, alternating and alone on the machine, how many images a second of processor time each
 method takes; from that follows the number of steps of each cell, so that what a cell computes does not depend on what
 else the machine does. `settings` tries three learning rates for every method, a tenth of the budget each, and takes
 the best linear probe on 5,000 other training images. `cells` trains: three seeds for SimCLR and CPC, one for the rest.
-Test labels are used once, for the cells. Each result is written as it ends, to results/family_book.json, and a finished
-one is skipped: run the same command again to go on. `--side-by-side 2` trains two cells at once, a thread each.
+`variants` have half the budget, and are judged on those 5,000 images. Test labels are used once, for the cells. Each
+result is written as it ends, to results/family_book.json, and a finished one is skipped: run the same command again to
+go on. `--side-by-side 2` trains two cells at once, a thread each.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from record import RESULTS, ROOT, Cost, python, run_costed, write
 from contrastive_core.data import ImageDataset, parquet, training_batches
 from contrastive_core.data.fractions import labels_per_class
 from contrastive_core.optim import parameter_groups
-from contrastive_core.plots import BLUE, INK, RUST, format_table, new_figure, save_figure, tidy_axes
+from contrastive_core.plots import BLUE, INK, MUTED, RUST, format_table, new_figure, save_figure, tidy_axes
 from contrastive_core.training import train_steps
 from cpc.configs import config_folder
 from cpc.entry import build, start_accelerator
@@ -87,8 +90,23 @@ METHODS["simclr_layer_norm"] = ["method=simclr", "norm=layer", *IMAGES]
 METHODS["supervised"] = ["method=supervised", *IMAGES]
 
 SEEDS = {"simclr": (0, 1, 2), "cpc": (0, 1, 2)}
-TABLE = ("method", "seed", "rate", "images", "cpu_seconds", "peak_mib", "kNN", "linear", "kNN, untrained")
-TABLE += ("linear, untrained",)
+
+# why some gain little over the untrained trunk: a method, its rate, and what is done otherwise
+VARIANTS: dict[str, tuple[str, str, list[str]]] = {
+    "SimCLRv2 without its memory": ("simclr_v2", "0.03", ["memory.queue=0"]),
+    "SimCLRv2, the memory from the network itself": ("simclr_v2", "0.03", ["momentum.moco=0.0"]),
+    "PIRL at a rate of 0.003": ("pirl", "0.003", []),
+    "PIRL at a temperature of 0.2": ("pirl", "0.03", ["method.temperature=0.2"]),
+    "PIRL without tiles: images against the bank": ("pirl", "0.03", ["+method.weight=0.0"]),
+    "BYOL, momentum 0.9": ("byol", "0.1", ["momentum.byol=0.9"]),
+    "BYOL, momentum 0.99": ("byol", "0.1", ["momentum.byol=0.99"]),
+    "BYOL, BatchNorm behind the head": ("byol", "0.1", ["+method.head.output_norm=plain"]),
+    "RAFT, BatchNorm behind the head": ("raft", "0.1", ["+method.head.output_norm=plain"]),
+}
+SHOWN_PROBES = ("kNN", "linear", "linear, 2x2")
+"""Of mean-pooled features, and of the means of four quarters side by side."""
+TABLE = ("method", "seed", "rate", "images", "cpu_seconds", "peak_mib", *SHOWN_PROBES, "kNN, untrained")
+TABLE += ("linear, untrained", "linear, 2x2, untrained")
 EQUAL_IMAGES = ("simclr", "moco_v2", "byol", "cpc")
 
 
@@ -133,10 +151,10 @@ class Family:
             split(train, self.train, self.validation)
         self.book = Book(RESULTS / "family_book.json")
 
-    def pretrain(self, folder: Path, method: str, steps: int, seed: int, rate: str | None) -> Cost:
+    def pretrain(self, folder: Path, method: str, steps: int, seed: int, rate: str, *more: str) -> Cost:
         """One pre-training run."""
         options = [*METHODS[method], *TRUNK, *CIFAR, *QUIET, "data=parquet", f"data.train={self.train}", f"seed={seed}"]
-        options += [] if rate is None else [f"optimizer.lr={rate}"]
+        options += [f"optimizer.lr={rate}", *more]
         resume = ["resume=auto"] if (folder / "config.yaml").is_file() else []
         command = python("tools/pretrain.py", *options, f"steps={steps}", f"run_dir={folder}", *resume)
         return run_costed(command, log=self.out / f"{folder.name}.log")
@@ -227,6 +245,28 @@ class Family:
 
         self._side_by_side(work, plan)
 
+    def variant(self, name: str, steps: int) -> dict[str, Any]:
+        """One of VARIANTS, on validation images, beside the same trunk untrained."""
+        method, rate, options = VARIANTS[name]
+        folder = self.out / f"variant-{'-'.join(name.split())}"
+        self.pretrain(folder, method, steps, 0, rate, *options)
+        rows = self.evaluate(folder, self.validation, "untrained=true", "cells=[1]", f"modes=[{mode(method)}]")
+        accuracies = {
+            encoder: {row["probe"]: row["accuracy"] for row in rows if row["encoder"] == encoder}
+            for encoder in ("trained", "untrained")
+        }
+        return {"rate": rate, "steps": steps, "options": options, **accuracies}
+
+    def variants(self, rates: dict[str, float]) -> None:
+        """Half the budget each."""
+
+        def work(name: str) -> Any:
+            method = VARIANTS[name][0]
+            steps = round(BUDGET / 2 * rates[method] / batch_size(method))
+            return self.book.keep(f"variant/{name}", lambda: self.variant(name, steps))
+
+        self._side_by_side(work, list(VARIANTS))
+
     def _side_by_side(self, work: Callable[[Any], Any], jobs: list[Any]) -> list[Any]:
         with ThreadPoolExecutor(self.side_by_side) as pool:
             return list(pool.map(work, jobs))
@@ -247,7 +287,7 @@ def split(source: Path, train: Path, validation: Path) -> None:
     pyarrow.parquet.write_table(table.take(rest.tolist()), validation)
 
 
-def accuracy(cell: dict[str, Any], probe: str, *, readout: str = "mean", encoder: str = "trained") -> float:
+def accuracy(cell: dict[str, Any], probe: str, *, readout: str, encoder: str = "trained") -> float:
     """One number of a cell, in percent."""
     (value,) = (
         row["accuracy"]
@@ -273,17 +313,17 @@ def summarised(pages: dict[str, Any]) -> dict[str, Any]:
         method, seed = rest.split("/")
         row = {"method": method, "seed": int(seed)}
         row |= {key: cell[key] for key in ("rate", "steps", "images", "cpu_seconds", "seconds", "peak_mib")}
-        for probe in ("kNN", "linear"):
-            row[probe] = accuracy(cell, probe)
-            row[f"{probe}, 2x2"] = accuracy(cell, probe, readout="2x2")
-            row[f"{probe}, untrained"] = accuracy(cell, probe, encoder="untrained")
+        for shown in SHOWN_PROBES:
+            probe, readout = shown.split(", ") if ", " in shown else (shown, "mean")
+            row[shown] = accuracy(cell, probe, readout=readout)
+            row[f"{shown}, untrained"] = accuracy(cell, probe, readout=readout, encoder="untrained")
         tables[table].append(row)
     # CPC's cells are the same in both tables: its images are the measure
     tables["images"] += [row for row in tables["seconds"] if row["method"] == "cpc"]
     paired = {}
     for table, rows in tables.items():
         by_seed = {(row["method"], row["seed"]): row for row in rows}
-        for probe in ("kNN", "linear"):
+        for probe in SHOWN_PROBES:
             seeds = [s for s in (0, 1, 2) if {("simclr", s), ("cpc", s)} <= by_seed.keys()]
             differences = [by_seed["simclr", s][probe] - by_seed["cpc", s][probe] for s in seeds]
             if len(differences) > 1:
@@ -294,7 +334,9 @@ def summarised(pages: dict[str, Any]) -> dict[str, Any]:
                     "half_width": half,
                 }
     other = {name: page for name, page in pages.items() if name.split("/")[0] in ("rate", "trial")}
-    return {"budget_cpu_seconds": BUDGET, "tables": tables, "paired": paired, "rates_and_trials": other}
+    variants = {name.partition("/")[2]: page for name, page in pages.items() if name.startswith("variant/")}
+    about = {"variants": variants, "rates_and_trials": other}
+    return {"budget_cpu_seconds": BUDGET, "tables": tables, "paired": paired, **about}
 
 
 SHOWN = {
@@ -321,15 +363,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, grid = new_figure(1, 1, (7.6, 0.8 + 0.32 * len(names)))
     axes = grid[0, 0]
     places = {name: place for place, name in enumerate(names)}
-    for probe, colour, marker in (("kNN", RUST, "s"), ("linear", BLUE, "o")):
+    for probe, colour, marker in zip(SHOWN_PROBES, (MUTED, BLUE, RUST), ("s", "o", "D"), strict=True):
         x, y = [row[probe] for row in rows], [places[row["method"]] for row in rows]
         axes.scatter(x, y, s=34, color=colour, marker=marker, label=probe, alpha=0.85, linewidths=0)
         untrained = [row[f"{probe}, untrained"] for row in rows]
-        axes.scatter(untrained, y, s=60, color=colour, marker="|", label=f"{probe}, untrained trunk")
+        axes.scatter(untrained, y, s=60, color=colour, marker="|", label=f"{probe}, untrained")
     axes.set_yticks(range(len(names)), [SHOWN[name] for name in names])
     tidy_axes(axes, f"accuracy on 10,000 test images (%), {BUDGET:.0f} CPU seconds each", "")
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize="small")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize="small")
     save_figure(figure, path)
 
 
@@ -341,7 +383,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/family"))
     parser.add_argument("--side-by-side", type=int, default=1, help="cells trained at once, a thread each")
     parser.add_argument(
-        "--stage", choices=["rates", "settings", "cells", "write"], default="cells", help="the last one"
+        "--stage", choices=["rates", "settings", "cells", "variants", "write"], default="variants", help="the last one"
     )
     arguments = parser.parse_args()
     family = Family(*(p.resolve() for p in (arguments.train, arguments.test, arguments.out)), arguments.side_by_side)
@@ -351,6 +393,8 @@ def main() -> None:
             chosen = family.settings(rates)
             if arguments.stage != "settings":
                 family.cells(rates, chosen)
+            if arguments.stage == "variants":
+                family.variants(rates)
     shown = "python benchmarks/family.py --train cifar10-train.parquet --test cifar10-test.parquet"
     results = summarised(family.book.pages)
     write("family", shown, results)
