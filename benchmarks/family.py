@@ -7,7 +7,7 @@ The parquet files hold a column `image` of encoded bytes and a column `label`. T
 1. equal CPU seconds: each method is given 480 seconds of one thread;
 2. equal images: SimCLR, MoCo v2, BYOL and CPC see as many images as CPC does in 480 seconds;
 
-and the variants by which it was asked why some methods gain little.
+and variants that test why some methods gain little.
 
 How it goes: `rates` measures, alternating and alone on the machine, how many images a second of processor time each
 method takes; from that follows the number of steps of each cell, so that what a cell computes does not depend on what
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ from contrastive_core.data import ImageDataset, parquet, training_batches
 from contrastive_core.data.fractions import labels_per_class
 from contrastive_core.optim import parameter_groups
 from contrastive_core.plots import BLUE, INK, MUTED, RUST, format_table, new_figure, save_figure, tidy_axes
+from contrastive_core.run_log import read_metrics
 from contrastive_core.training import train_steps
 from cpc.configs import config_folder
 from cpc.entry import build, start_accelerator
@@ -93,14 +95,20 @@ SEEDS = {"simclr": (0, 1, 2), "cpc": (0, 1, 2)}
 
 # why some gain little over the untrained trunk: a method, its rate, and what is done otherwise
 VARIANTS: dict[str, tuple[str, str, list[str]]] = {
+    "SimCLRv2": ("simclr_v2", "0.03", []),
     "SimCLRv2 without its memory": ("simclr_v2", "0.03", ["memory.queue=0"]),
     "SimCLRv2, the memory from the network itself": ("simclr_v2", "0.03", ["momentum.moco=0.0"]),
+    "PIRL": ("pirl", "0.01", []),
     "PIRL at a rate of 0.003": ("pirl", "0.003", []),
-    "PIRL at a temperature of 0.2": ("pirl", "0.03", ["method.temperature=0.2"]),
-    "PIRL without tiles: images against the bank": ("pirl", "0.03", ["+method.weight=0.0"]),
+    "PIRL at a temperature of 0.2": ("pirl", "0.01", ["method.temperature=0.2"]),
+    "PIRL at a temperature of 0.2 and a rate of 0.03": ("pirl", "0.03", ["method.temperature=0.2"]),
+    "PIRL without tiles: images against the bank": ("pirl", "0.01", ["+method.weight=0.0"]),
+    "PIRL without tiles at a rate of 0.03": ("pirl", "0.03", ["+method.weight=0.0"]),
+    "BYOL": ("byol", "0.1", []),
     "BYOL, momentum 0.9": ("byol", "0.1", ["momentum.byol=0.9"]),
     "BYOL, momentum 0.99": ("byol", "0.1", ["momentum.byol=0.99"]),
     "BYOL, BatchNorm behind the head": ("byol", "0.1", ["+method.head.output_norm=plain"]),
+    "RAFT": ("raft", "0.1", []),
     "RAFT, BatchNorm behind the head": ("raft", "0.1", ["+method.head.output_norm=plain"]),
 }
 SHOWN_PROBES = ("kNN", "linear", "linear, 2x2")
@@ -226,7 +234,14 @@ class Family:
         cost = self.pretrain(folder, method, steps, seed, rate)
         rows = self.evaluate(folder, self.test, "untrained=true", "cells=[1,2]", f"modes=[{mode(method)}]")
         images = steps * batch_size(method)
-        return {"rate": rate, "steps": steps, "images": images, **cost._asdict(), "rows": rows}
+        return {
+            "rate": rate,
+            "steps": steps,
+            "images": images,
+            **cost._asdict(),
+            "rows": rows,
+            "course": course(folder),
+        }
 
     def cells(self, rates: dict[str, float], chosen: dict[str, str]) -> None:
         """Both tables' runs: those of the first in the order of METHODS, first seeds first."""
@@ -248,14 +263,14 @@ class Family:
     def variant(self, name: str, steps: int) -> dict[str, Any]:
         """One of VARIANTS, on validation images, beside the same trunk untrained."""
         method, rate, options = VARIANTS[name]
-        folder = self.out / f"variant-{'-'.join(name.split())}"
+        folder = self.out / f"variant-{re.sub(r'[^a-zA-Z0-9.]+', '-', name)}"
         self.pretrain(folder, method, steps, 0, rate, *options)
         rows = self.evaluate(folder, self.validation, "untrained=true", "cells=[1]", f"modes=[{mode(method)}]")
         accuracies = {
             encoder: {row["probe"]: row["accuracy"] for row in rows if row["encoder"] == encoder}
             for encoder in ("trained", "untrained")
         }
-        return {"rate": rate, "steps": steps, "options": options, **accuracies}
+        return {"rate": rate, "steps": steps, "options": options, **accuracies, "course": course(folder)}
 
     def variants(self, rates: dict[str, float]) -> None:
         """Half the budget each."""
@@ -270,6 +285,12 @@ class Family:
     def _side_by_side(self, work: Callable[[Any], Any], jobs: list[Any]) -> list[Any]:
         with ThreadPoolExecutor(self.side_by_side) as pool:
             return list(pool.map(work, jobs))
+
+
+def course(folder: Path) -> dict[str, list[float]]:
+    """Loss and effective rank of the projections over the steps, as the run has logged them."""
+    rows = [row for row in read_metrics(folder) if row.get("loss") is not None]
+    return {name: [round(row[name], 3) for row in rows if name in row] for name in ("step", "loss", "effective_rank")}
 
 
 def mode(method: str) -> str:
@@ -369,7 +390,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         untrained = [row[f"{probe}, untrained"] for row in rows]
         axes.scatter(untrained, y, s=60, color=colour, marker="|", label=f"{probe}, untrained")
     axes.set_yticks(range(len(names)), [SHOWN[name] for name in names])
-    tidy_axes(axes, f"accuracy on 10,000 test images (%), {BUDGET:.0f} CPU seconds each", "")
+    tidy_axes(axes, f"accuracy on 10,000 test images (%), about {BUDGET:.0f} CPU seconds each", "")
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize="small")
     save_figure(figure, path)

@@ -132,7 +132,8 @@ def chosen_labels(cfg: DictConfig, train: ImageDataset) -> LabelSplit:
     FileNotFoundError where `cfg.label_list` is no file.
     """
     ids = sample_ids(train)
-    indices = labels_listed(train, cfg.label_list) if cfg.label_list else _drawn_labels(cfg, train.labels, ids)
+    listed = cfg.label_list is not None
+    indices = labels_listed(train, cfg.label_list) if listed else _drawn_labels(cfg, train.labels, ids)
     return LabelSplit(indices, split_digest(ids, train.labels, indices))
 
 
@@ -219,7 +220,7 @@ def write_tests(cfg: DictConfig, run_dir: Path, runs: dict[str, Path], images: I
         (run_dir / "test.partial").write_text(json.dumps(record) + "\n")
         (run_dir / "test.partial").rename(run_dir / "test.json")
         for row in rows:
-            print(f"{row['encoder']}: test accuracy {row['accuracy']:.4f} ({split})")
+            print(f"{row['encoder']}: test accuracy {row['accuracy']:.4f}" + (f" ({split})" if row is rows[0] else ""))
         print(f"written to {run_dir / 'test.json'}")
     accelerator.wait_for_everyone()
 

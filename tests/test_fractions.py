@@ -261,7 +261,7 @@ def test_a_list_of_file_names(text, tmp_path):
         ("", "no name: pass a list of this data set's file names"),
         ("1.JPEG\n5.JPEG", "0 labelled images are called 5.JPEG"),
         ("4.JPEG", "0 labelled images are called 4.JPEG"),
-        ("1.JPEG\n1.JPEG", "names repeat"),
+        ("1.JPEG\n1.JPEG", "1.JPEG stands there 2 times"),
     ],
 )
 def test_lists_of_other_names_are_refused(text, message, tmp_path):

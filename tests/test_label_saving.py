@@ -57,6 +57,7 @@ def test_a_plateau_is_reached_at_its_beginning():
         (25, 0.9, Saving(math.inf, 40.0), "> 40.0"),
         (25, 0.1, Saving(0.0, 0.4), "< 0.4"),
         (1, 0.9, Saving(math.inf, 1000.0), "> 1000"),
+        (1000, 0.1, Saving(0.0, 0.01), "< 0.01"),
     ],
 )
 def test_savings_and_how_they_are_said(count, accuracy, saving, said):
@@ -77,8 +78,9 @@ def right(share: float, *shape: int, seed: int = 0) -> torch.Tensor:
 def test_an_arm_against_itself_saves_nothing_and_is_sure_of_it():
     """Paired: whatever images and draws are drawn, both arms are right on the same ones."""
     scratch = {number: right(share, 5, 400, seed=number) for number, share in zip(LABELS, CURVE, strict=True)}
-    found = saving_interval(100, scratch[100][None], scratch, resamples=200)
-    assert [one.value for one in found] == pytest.approx([1, 1, 1])
+    for number in LABELS:  # at the ends as well, where a last digit more would be beyond the curve
+        found = saving_interval(number, scratch[number][None], scratch, resamples=200)
+        assert [one.value for one in found] == pytest.approx([1, 1, 1])
 
 
 def test_the_point_lies_inside_and_other_seeds_agree():
@@ -143,3 +145,10 @@ def test_shapes_that_do_not_fit_are_refused(pretrained, scratch):
     tables = {number: torch.zeros(shape, dtype=torch.bool) for number, shape in scratch.items()}
     with pytest.raises(ValueError, match="pass `runs draws images`"):
         saving_interval(10, torch.zeros(pretrained, dtype=torch.bool), tables)
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"resamples": 0}, {"level": 1.0}, {"level": 0.0}])
+def test_numbers_that_cannot_be_are_refused(wrong):
+    some = torch.ones(1, 2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="pass at least 1, 1, and between 0 and 1"):
+        saving_interval(**({"count": 10, "pretrained": some, "scratch": {10: some[0]}} | wrong))

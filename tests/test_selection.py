@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -76,12 +78,15 @@ def test_halving_finds_the_best_and_tries_the_rest_for_less():
 
 def test_a_late_bloomer_is_lost_and_a_good_half_is_not():
     """What halving promises and what it does not: the score at each share decides."""
-    scores = {("late", 0.25): 0.1, ("late", 0.5): 0.9, ("steady", 0.25): 0.5, ("steady", 0.5): 0.6}
-    assert successive_halving(["late", "steady"], lambda *key: scores[key], shares=(0.25, 0.5)) == "steady"
+    early = {"late": 0.1, "steady": 0.5, "poor": 0.0, "fair": 0.4}
+    whole = early | {"late": 0.9}
+    scores = {0.5: early, 1.0: whole}
+    assert successive_halving(list(early), lambda setting, share: scores[share][setting]) == "steady"
+    assert successive_halving(["late", "steady"], lambda setting, share: scores[share][setting]) == "late"
 
 
 @pytest.mark.parametrize(
-    ("count", "trials"), [(1, []), (2, [2]), (3, [3, 2]), (4, [4, 2]), (5, [5, 3, 2]), (6, [6, 3, 2])]
+    ("count", "trials"), [(1, []), (2, [2]), (3, [3, 2]), (4, [4, 2]), (5, [5, 3, 2]), (6, [6, 3, 2]), (16, [16, 8, 4])]
 )
 def test_few_settings_take_few_trials(count, trials):
     shares: list[float] = []
@@ -92,6 +97,20 @@ def test_few_settings_take_few_trials(count, trials):
 
     assert successive_halving(range(count), score) == count - 1
     assert [shares.count(share) for share in (0.25, 0.5, 1.0) if share in shares] == trials
+    assert not trials or shares[-1] == 1.0, "the last choice is by whole trials"
+
+
+def test_a_score_that_is_no_number_never_wins():
+    for scores in ([math.nan, 0.9, 0.1, 0.2], [0.1, math.nan, 0.9, 0.2], [0.0, 0.2, 0.9, math.nan]):
+        assert successive_halving(range(4), lambda place, share, scores=scores: scores[place]) == scores.index(0.9)
+
+
+def test_a_shuffled_copy_is_parted_alike():
+    labels, ids = labels_of(9, 9), torch.randperm(18, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(2))
+    one = selection_parts(labels, ids=ids)[0].held
+    other = selection_parts(labels[order], ids=ids[order])[0].held
+    assert set(ids[one].tolist()) == set(ids[order][other].tolist())
 
 
 def test_of_equals_the_first():

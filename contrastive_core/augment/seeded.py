@@ -16,8 +16,8 @@ class Seeded(nn.Module):
 
     `forward(images n c h w in [0, 1], randomness) -> n c h' w'` in [0, 1]. For the time of the call the generator is
     seeded by the numbers of the first image, and then put back. So a run repeats and resumes exactly. What our own
-    augmentations have and this cannot: an image's numbers depend on the images before it in the batch, so that more
-    processes, or a batch in parts, are another run.
+    augmentations have and this cannot: an image's numbers depend on how many are in the batch and on which is the
+    first, so that more processes, or a batch in parts, are another run.
 
     Args:
         module: `n c h w` -> `n c h' w'`; it draws from torch's CPU generator only, which is kornia's default.

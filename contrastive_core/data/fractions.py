@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -69,7 +70,8 @@ def labels_listed(dataset: ImageDataset, file: str | Path) -> Tensor:
     """The images that a text file names, a file name a line: sorted indices, int64.
 
     For the lists of SimCLR's semi-supervised runs (google-research/simclr, `1percent.txt` and `10percent.txt` of
-    ImageNet's file names). Images are known by the last part of their name, blank lines are skipped.
+    ImageNet's file names). Images are known by the last part of their name, blank lines are skipped. Which classes the
+    list holds is its own affair.
 
     Raises FileNotFoundError for a missing file; ValueError for a list of nothing, a name that no labelled image or more
     than one has, or that stands there twice.
@@ -83,10 +85,11 @@ def labels_listed(dataset: ImageDataset, file: str | Path) -> Tensor:
     places: dict[str, list[int]] = {}
     for index in (dataset.labels >= 0).nonzero().flatten().tolist():
         places.setdefault(Path(dataset.name(index)).name, []).append(index)
-    wrong = [name for name in wanted if len(places.get(name, [])) != 1]
-    if wrong or not wanted or len(set(wanted)) != len(wanted):
-        found = f"{len(places.get(wrong[0], []))} labelled images are called {wrong[0]}" if wrong else "names repeat"
-        said = found if wanted else "no name"
+    found = {name: len(places.get(name, [])) for name in wanted}
+    wrong = [f"{count} labelled images are called {name}" for name, count in found.items() if count != 1]
+    wrong += [f"{name} stands there {count} times" for name, count in Counter(wanted).items() if count > 1]
+    if wrong or not wanted:
+        said = wrong[0] if wrong else "no name"
         raise ValueError(f"{file}: {said}: pass a list of this data set's file names, one a line")
     return torch.tensor(sorted(places[name][0] for name in wanted), dtype=torch.int64)
 

@@ -2,8 +2,9 @@
 
 An image's identity is a hash of its encoded bytes or pixels; of one that is a file, of the last two parts of its path,
 `n01440764/n01440764_10026.JPEG`, since a million files are not read to draw a split. So the same split comes out on
-another machine, under another root, from a shuffled copy. Two images that are one by that rule have one identity, and
-go by their order in the data set.
+another machine, under another root, from a shuffled copy. Two images that are one by that rule (the same bytes, or
+`x/s/1.png` and `y/s/1.png`) have one identity: they go by their order in the data set, and a digest does not tell one
+from the other.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Hyperparameter Optimization"): all of them for a small share of the steps, the b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -33,12 +34,13 @@ class Part(NamedTuple):
     held: Tensor
 
 
-def selection_parts(labels: Tensor, *, seed: int = 0) -> list[Part]:
+def selection_parts(labels: Tensor, *, seed: int = 0, ids: Tensor | None = None) -> list[Part]:
     """How few labels are parted for choosing settings: one part, folds, or nothing where a class has one label.
 
     Args:
         labels: `n` int64 from 0, of the images that may be used.
         seed: of the parting; it has no part in which labels these are.
+        ids: `n` int64, the images' identities (`contrastive_core.data.sample_ids`); None = their places.
 
     Every part holds every class on both sides. The rarest class decides which of the three it is.
 
@@ -51,16 +53,16 @@ def selection_parts(labels: Tensor, *, seed: int = 0) -> list[Part]:
     rarest = int(labels.unique(return_counts=True)[1].min())
     if rarest == 1:
         return []
-    rank = _rank_in_class(labels, seed)
+    rank = _rank_in_class(labels, seed, ids)
     if rarest >= A_CLASS_FOR_A_PART:
         return [_part(rank % FOLDS == 0)]
     folds = min(FOLDS, rarest)
     return [_part(rank % folds == fold) for fold in range(folds)]
 
 
-def _rank_in_class(labels: Tensor, seed: int) -> Tensor:
+def _rank_in_class(labels: Tensor, seed: int, ids: Tensor | None) -> Tensor:
     """Each label's place in a random order of its class, from 0."""
-    order = Randomness(seed, 0, torch.arange(len(labels))).integers("selection", 1 << 62)
+    order = Randomness(seed, 0, torch.arange(len(labels)) if ids is None else ids).integers("selection", 1 << 62)
     rank = torch.empty_like(labels)
     for label in labels.unique():
         rows = (labels == label).nonzero().flatten()
@@ -79,8 +81,9 @@ def successive_halving(
 
     Args:
         settings: to choose from, at least one; of equals the first is kept.
-        score: `score(setting, share)` tries a setting for a share of the steps; higher is better.
-        shares: rising, at most 1. The last ones are left out where there is nothing left to choose between.
+        score: `score(setting, share)` tries a setting for a share of the steps; higher is better, NaN is worst.
+        shares: rising, at most 1. For few settings the first ones are left out: the last choice is between two or less
+            that have had the last share.
 
     Raises ValueError for no settings, and shares that do not rise up to 1 at most.
 
@@ -89,12 +92,10 @@ def successive_halving(
     if not settings or list(shares) != sorted(set(shares)) or not shares or not 0 < shares[0] <= shares[-1] <= 1:
         raise ValueError(f"{len(settings)} settings, shares {list(shares)}: pass settings, and shares that rise to 1")
     left = list(settings)
-    for share in shares:
-        if len(left) == 1:
-            break
+    halvings = (len(left) - 1).bit_length()  # that leave one
+    for share in shares[-halvings:] if halvings else ():
         scores = [score(setting, share) for setting in left]
-        best = sorted(range(len(left)), key=lambda place: -scores[place])
-        last = share == shares[-1]
-        kept = sorted(best[: 1 if last else -(-len(left) // 2)])
-        left = [left[place] for place in kept]
+        best = sorted(range(len(left)), key=lambda place: math.inf if math.isnan(scores[place]) else -scores[place])
+        most = 1 if share == shares[-1] else -(-len(left) // 2)
+        left = [left[place] for place in sorted(best[:most])]
     return left[0]
