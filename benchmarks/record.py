@@ -97,7 +97,7 @@ class Cost(NamedTuple):
 def run_costed(command: list[str], *, log: Path, threads: int = 1) -> Cost:
     """Run a command from the top level, its output to `log`; CalledProcessError where it fails.
 
-    The processor's seconds depend less than the clock's on what else runs; beside other work they rose by up to a third.
+    The processor's seconds depend less than the clock's on what else runs; beside other work they rose by a third.
     """
     began = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
