@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contrastive_core.augment import RandomCrop, RandomFlip
-from contrastive_core.data import ImageDataset, parquet
+from contrastive_core.data import ImageDataset, labels_per_class, parquet, sample_ids
 from contrastive_core.evaluate.baselines import ridge_probe, thumbnail_features
-from contrastive_core.evaluate.linear import few_label_accuracy, label_draws
+from contrastive_core.evaluate.linear import few_label_accuracy
 from contrastive_core.randomness import Randomness
 
 PER_CLASS, DRAWS = 50, 5
@@ -66,8 +66,9 @@ def baselines(train: ImageDataset, test: ImageDataset) -> dict[str, list[float]]
     assert train.pixels is not None
     assert test.pixels is not None
     thumbnails = (thumbnail_features(train.pixels), train.labels, thumbnail_features(test.pixels), test.labels)
-    ridge = few_label_accuracy(*thumbnails, per_class=PER_CLASS, draws=DRAWS, classifier=ridge_probe)
-    draws = label_draws(train.labels, PER_CLASS, DRAWS, seed=0)
+    ids = sample_ids(train)
+    ridge = few_label_accuracy(*thumbnails, per_class=PER_CLASS, draws=DRAWS, classifier=ridge_probe, ids=ids)
+    draws = [labels_per_class(train.labels, PER_CLASS, seed=draw, ids=ids) for draw in range(DRAWS)]
     cnn = [cnn_accuracy(train.pixels[rows], train.labels[rows], test, seconds=40) for rows in draws]
     return {"ridge on thumbnail and colour histogram": ridge, "small CNN, 40 seconds": cnn}
 

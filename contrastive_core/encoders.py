@@ -1,8 +1,9 @@
-"""Other people's trunks as encoders: `forward(images: b c h w) -> features: b d` and the int `dim`."""
+"""Encoders of whole images, mostly other people's: `forward(images: b c h w) -> features: b d` and the int `dim`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,41 @@ class TimmTrunk(nn.Module):
         """`b 3 h w` -> `b d`, pooled as the model pools."""
         features: Tensor = self.trunk(images)
         return features
+
+
+class SmallCNN(nn.Module):
+    """An ordinary convolutional network for small images: what is trained from scratch where labels are few.
+
+    A 3x3 convolution, BatchNorm and ReLU for each width, a 2x2 max-pool behind each but the first.
+
+    Args:
+        widths: channels; the last is `dim`.
+
+    Raises ValueError for no widths.
+
+    Example: the usual one makes a 4 x 4 map of 32 px, and its `dim` is 128.
+    """
+
+    def __init__(self, widths: Sequence[int] = (32, 64, 128, 128)) -> None:
+        super().__init__()
+        if not widths:
+            raise ValueError("widths=[]: pass the channels of one convolution or more")
+        layers: list[nn.Module] = []
+        inner = 3
+        for place, outer in enumerate(widths):
+            layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if place else []
+            inner = outer
+        self.layers, self.dim = nn.Sequential(*layers), inner
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """`b 3 h w` -> `b d h' w'`."""
+        features: Tensor = self.layers(images.contiguous(memory_format=torch.channels_last))
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`b 3 h w` -> `b d`, the spatial mean of the feature map."""
+        return self.feature_map(images).mean((2, 3))
 
 
 _VIT_SIZES = {"small": (384, 12, 12), "base": (768, 12, 12)}  # dim, depth, heads
@@ -203,5 +239,5 @@ def sincos_positions(rows: int, cols: int, dim: int) -> Tensor:
     )
 
 
-ENCODERS = ("TorchvisionTrunk", "TimmTrunk", "MoCoViT")
+ENCODERS = ("TorchvisionTrunk", "TimmTrunk", "MoCoViT", "SmallCNN")
 """What an `encoder.json` may name."""

@@ -88,6 +88,45 @@ def set_learning_rate_(optimizer: Optimizer, factor: float) -> float:
     return float((following or optimizer.param_groups)[0]["lr"])
 
 
+class Together(Optimizer):
+    """Several optimizers as one: CPC v2 fine-tunes its classifier by SGD while its encoder has Adam (section A.4).
+
+    Args: `optimizers`: each with parameters of its own, whose groups this one lists as its own.
+
+    Raises ValueError for none, and for a parameter that two of them have.
+
+    Example: `Together([SGD(a.parameters(), 0.1), Adam(b.parameters(), 1e-3)]).step()` steps both.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        parameters = [id(parameter) for group in groups for parameter in group["params"]]
+        if not groups or len(set(parameters)) < len(parameters):
+            raise ValueError(f"{len(optimizers)} optimizers of {len(parameters)} parameters: pass some, and none twice")
+        self.optimizers = list(optimizers)
+        super().__init__(groups, {})
+        # Optimizer copies the groups' dictionaries: rates set here have to reach the optimizers
+        self.param_groups = groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of each; a closure, which would be called once for each, is refused."""
+        if closure is not None:
+            raise ValueError("several optimizers cannot share a closure: call backward before step")
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all, in order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave; ValueError for another number of optimizers."""
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
 # ---- parameter groups ----
 
 

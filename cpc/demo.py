@@ -15,10 +15,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from contrastive_core.data import ImageDataset, Splits, evaluation_batches
+from contrastive_core.data import ImageDataset, Splits, evaluation_batches, labels_per_class, sample_ids
 from contrastive_core.evaluate.baselines import logistic_probe, pixel_features, svm_probe
 from contrastive_core.evaluate.features import extract_features
-from contrastive_core.evaluate.linear import label_draws, linear_probe
+from contrastive_core.evaluate.linear import linear_probe
 from contrastive_core.evaluate.report import LabelledFeatures, few_label_row
 from contrastive_core.plots import format_table, plot_confusion, plot_loss, plot_retrieval
 from contrastive_core.run_log import read_metrics
@@ -53,13 +53,14 @@ def few_label_rows(run_dir: Path, splits: Splits, *, per_class: int = 10, draws:
         "random encoder": untrained_encoder(run_dir, readout="grid"),
     }
     rows: list[dict[str, Any]] = []
+    ids = sample_ids(splits.train)
     for name, encoder in encoders.items():
         latents = latents_of(encoder, splits)
         for cells, readout in ((2, "2x2-pooled"), (1, "mean-pooled")):
-            row = few_label_row(latents.pooled(cells), per_class, draws)
+            row = few_label_row(latents.pooled(cells), per_class, draws, ids=ids)
             rows.append({"features": f"{name}, {readout}", "probe": "logistic regression", **row})
     for probe, classifier in (("logistic regression", logistic_probe), ("Gaussian SVM", svm_probe)):
-        row = few_label_row(pixels_of(splits), per_class, draws, classifier)
+        row = few_label_row(pixels_of(splits), per_class, draws, classifier, ids=ids)
         rows.append({"features": "pixels", "probe": probe, **row})
     return rows
 
@@ -71,11 +72,11 @@ def draw_pictures(run_dir: Path, splits: Splits, *, per_class: int = 10) -> list
     plot_loss(read_metrics(run_dir), paths[0])
 
     features = latents_of(load_encoder(run_dir, readout="grid"), splits).pooled(2)
-    (chosen,) = label_draws(features.train_labels, per_class, draws=1, seed=0)
+    chosen = labels_per_class(features.train_labels, per_class, ids=sample_ids(splits.train))
     few = features._replace(train=features.train[chosen], train_labels=features.train_labels[chosen])
     plot_confusion(features.test_labels, linear_probe(*few).predictions, paths[1], splits.train.class_names)
 
-    (queries,) = label_draws(features.test_labels, 1, draws=1, seed=0)
+    queries = labels_per_class(features.test_labels, 1, ids=sample_ids(splits.test))
     queries = queries[features.test_labels[queries].argsort()]
     centred = [part - features.train.mean(0) for part in (features.test[queries], features.train)]
     scores = torch.nn.functional.normalize(centred[0]) @ torch.nn.functional.normalize(centred[1]).T

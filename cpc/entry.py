@@ -50,6 +50,7 @@ def epochs(count: float, batch_size: int, images: int) -> int:
 
 # what a YAML may compute: lr: ${linear_scaling:0.3,${batch_size}}, steps: ${epochs:100,${batch_size},1281167}
 RESOLVERS: dict[str, Callable[..., Any]] = {
+    "add": lambda *numbers: sum(numbers),
     "ceil_divide": first_disjoint_offset,
     "epochs": epochs,
     "linear_scaling": linear_scaling,

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from contrastive_core.data import BadImages, Splits
+from contrastive_core.data import BadImages, Splits, decodable, sample_ids
 from contrastive_core.evaluate.features import extract_features, pool_grid
 from contrastive_core.evaluate.linear import paper_linear_probe
 from contrastive_core.evaluate.report import LabelledFeatures, probe_rows
@@ -115,9 +115,9 @@ def check_numbers(cfg: DictConfig) -> None:
 
 
 def evaluate_encoder(
-    encoder: FrozenEncoder, splits: Splits, cfg: DictConfig, accelerator: Accelerator
+    encoder: FrozenEncoder, splits: Splits, cfg: DictConfig, accelerator: Accelerator, ids: Tensor | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of one encoder, in every mode that it has."""
+    """The rows of one encoder, in every mode that it has; `ids`: of the training images, for few labels."""
     encoder.to(accelerator.device).readout = "grid"
     rows: list[dict[str, Any]] = []
     for mode in cfg.modes:
@@ -126,7 +126,8 @@ def evaluate_encoder(
         encoder.mode = mode
         options = {"batch_size": encoder.batch_size, "workers": cfg.workers, "bad_images": BadImages(cfg.bad_images)}
         readouts = extract_readouts(encoder, splits, cfg.cells, accelerator, **options)
-        probes = probe_rows(readouts, per_class=cfg.labels_per_class, draws=cfg.draws, all_labels=cfg.all_labels)
+        few = {"per_class": cfg.labels_per_class, "draws": cfg.draws, "ids": ids}
+        probes = probe_rows(readouts, **few, all_labels=cfg.all_labels)
         rows += [{"mode": mode, **row} for row in probes]
         if cfg.paper_epochs:
             grids = extract(encoder, splits, accelerator, **options)
@@ -145,11 +146,15 @@ def evaluate(cfg: DictConfig) -> Path:
     if accelerator.num_processes > 1:
         raise ValueError("evaluation runs in one process: python tools/evaluate.py, without accelerate launch")
     splits = labelled(load_splits(cfg, trained.load_size))
+    ids = None
+    if cfg.labels_per_class:  # few labels are drawn by who the images are: so none may be missing
+        splits = splits._replace(train=decodable(splits.train, BadImages(cfg.bad_images), cfg.workers))
+        ids = sample_ids(splits.train)
     encoders = {"trained": trained} | ({"untrained": untrained_encoder(cfg.run)} if cfg.untrained else {})
     rows = [
         {"encoder": name, **row}
         for name, encoder in encoders.items()
-        for row in evaluate_encoder(encoder, splits, cfg, accelerator)
+        for row in evaluate_encoder(encoder, splits, cfg, accelerator, ids)
     ]
     print(format_table([{key: value for key, value in row.items() if key != "draws"} for row in rows]))
     written = Path(cfg.run) / "evaluation.json"

@@ -22,11 +22,10 @@ from torch import Tensor
 from contrastive_core.data import (
     BadImages,
     ImageDataset,
+    LabelAmount,
     LabelSplit,
     Splits,
-    label_fraction,
     labels_listed,
-    labels_per_class,
     sample_ids,
     split_digest,
 )
@@ -98,11 +97,11 @@ def take_over_(cfg: DictConfig, run: str) -> None:
     for name, value in own.items():
         if cfg.augmentation.get(name) is None:
             cfg.augmentation[name] = value
-    if cfg.augmentation.flip is None and _never_flips(before):
+    if cfg.augmentation.flip is None and never_flips(before):
         cfg.augmentation.flip = 0.0
 
 
-def _never_flips(before: dict[str, Any]) -> bool:
+def never_flips(before: dict[str, Any]) -> bool:
     """Whether a run cut its images into patches and flipped none of them: they may have a handedness."""
     views = before.get("views")
     steps = views.get("image_augment") if isinstance(views, dict) else None
@@ -132,22 +131,12 @@ def chosen_labels(cfg: DictConfig, train: ImageDataset) -> LabelSplit:
     FileNotFoundError where `cfg.label_list` is no file.
     """
     ids = sample_ids(train)
-    listed = cfg.label_list is not None
-    indices = labels_listed(train, cfg.label_list) if listed else _drawn_labels(cfg, train.labels, ids)
+    if cfg.label_list is not None:
+        indices = labels_listed(train, cfg.label_list)
+    else:
+        kind = next(name for name in WHICH_LABELS if cfg[name] is not None)
+        indices = LabelAmount(kind, cfg[kind]).choose(train.labels, seed=cfg.label_seed, ids=ids)
     return LabelSplit(indices, split_digest(ids, train.labels, indices))
-
-
-def _drawn_labels(cfg: DictConfig, labels: Tensor, ids: Tensor) -> Tensor:
-    by = {"seed": cfg.label_seed, "ids": ids}
-    if cfg.fraction is not None:
-        return label_fraction(labels, cfg.fraction, **by)
-    if cfg.labels_per_class is not None:
-        return labels_per_class(labels, cfg.labels_per_class, **by)
-    classes = max(1, len(labels[labels >= 0].unique()))
-    if cfg.labels % classes or cfg.labels < 1:
-        below = max(classes, cfg.labels // classes * classes)
-        raise ValueError(f"labels={cfg.labels} for {classes} classes: pass a multiple, {below} or {below + classes}")
-    return labels_per_class(labels, cfg.labels // classes, **by)
 
 
 def labelled_test(splits: Splits, classes: int) -> ImageDataset:

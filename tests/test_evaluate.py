@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import DualGraphModule
 
-from contrastive_core.data import BadImages, ImageDataset, TooManyBadImages
+from contrastive_core.data import BadImages, ImageDataset, TooManyBadImages, labels_per_class
 from contrastive_core.encoders import TorchvisionTrunk
 from contrastive_core.evaluate import knn, linear
 from contrastive_core.evaluate.baselines import (
@@ -27,7 +27,6 @@ from contrastive_core.evaluate.knn import knn_accuracy, knn_predictions
 from contrastive_core.evaluate.linear import (
     few_label_accuracy,
     folds_of,
-    label_draws,
     linear_probe,
     paper_linear_probe,
     standardise,
@@ -372,22 +371,22 @@ def test_the_papers_probe_wants_grids() -> None:
 # --- few labels -------------------------------------------------------------------------------------------------
 
 
-def test_draws_are_stratified_different_and_pure() -> None:
-    labels = torch.tensor([-1, *([0, 1, 2] * 30)])
-    draws = label_draws(labels, 5, 6, seed=3)
-    for rows in draws:
-        assert labels[rows].bincount().tolist() == [5, 5, 5]
-        assert len(rows.unique()) == 15
-    assert len({tuple(rows.tolist()) for rows in draws}) == 6
-    assert all(torch.equal(a, b) for a, b in zip(draws[:2], label_draws(labels, 5, 2, seed=3), strict=True))
-    assert not torch.equal(draws[0], label_draws(labels, 5, 1, seed=4)[0])
-    assert label_draws(labels, 30, 1, seed=0)[0].tolist() == list(range(1, 91))
+def test_draws_are_those_of_everyone_else() -> None:
+    train, test = blobs(20, spread=0.8), blobs(100, spread=0.8, seed=1)
+    ids = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
+    drawn = few_label_accuracy(*train, *test, per_class=3, draws=4, ids=ids)
+    rows = [labels_per_class(train[1], 3, seed=draw, ids=ids) for draw in range(4)]
+    assert drawn == [linear_probe(train[0][few], train[1][few], *test).accuracy for few in rows]
+    assert few_label_accuracy(*train, *test, per_class=3, draws=2, ids=ids) == drawn[:2]
+    assert few_label_accuracy(*train, *test, per_class=3, draws=4) != drawn
 
 
 @pytest.mark.parametrize("per_class", [0, 4])
 def test_too_many_labels_are_refused(per_class: int) -> None:
     with pytest.raises(ValueError, match=f"{per_class} labels a class, the rarest of 2 classes has 3"):
-        label_draws(torch.tensor([0, 0, 0, 1, 1, 1, 1]), per_class, 1, 0)
+        few_label_accuracy(
+            torch.eye(7), torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.eye(7), torch.arange(7), per_class=per_class
+        )
 
 
 def test_more_labels_help_and_all_of_them_leave_nothing_to_draw() -> None:

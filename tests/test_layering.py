@@ -24,6 +24,7 @@ ENTRY_POINTS = {
     "cpc/pretrain.py",
     "cpc/run.py",
     "cpc/simclr_v2.py",
+    "cpc/sweep_labels.py",
 }
 
 

@@ -1,8 +1,8 @@
 """Views: augmented versions of the same images, as each paper draws them, in batches on the images' device.
 
 `Views` holds a pipeline (a list of augmentations) for each view and gives each numbers of its own. The functions
-below return the papers' pipelines: `simclr`, `moco_v1`, `moco_v2`, `moco_v3`, `byol`, `pirl`, `supervised`; `digits`
-and `chosen` are no paper's. Their knobs are None for the paper's own number. `JigsawViews` are PIRL's.
+below return the papers' pipelines: `simclr`, `moco_v1`, `moco_v2`, `moco_v3`, `byol`, `pirl`, `supervised`; `labelled`,
+`digits` and `chosen` are no paper's. Their knobs are None for the paper's own number. `JigsawViews` are PIRL's.
 
 Colours are jittered in PIL's convention, as MoCo's and PIRL's code and SimCLR's second release do. SimCLR's first
 release and BYOL's code add to the brightness, scale the contrast about each channel's mean, and the saturation in HSV.
@@ -404,6 +404,26 @@ def supervised(size: int, *, flip: float | None = None, crop: Sequence[float] | 
         crop: range of the crop's share of the area; None = 0.08 .. 1.
     """
     return _drawn(RandomResizedCrop(size, _range(crop, 0.08)), RandomFlip(_or(flip, 0.5)))
+
+
+def labelled(*, flip: float | None = None, strength: float | None = None) -> list[nn.Module]:
+    """For learning from few labels: moved, turned, scaled, sheared and deformed a little, and flipped. No paper's.
+
+    The picture is reflected at its border, so that it does for black margins and for photographs.
+
+    Args:
+        flip: probability; None = 0.5. 0 where left and right mean something.
+        strength: times the ranges (15 degrees, a tenth of the side, a scale of 0.85 .. 1.18, a shear of 10 degrees, and
+            for half the pictures a deformation of 0.08 of the side); None = 1.
+
+    Example: `labelled(flip=0.0)` has two steps.
+    """
+    s = _or(strength, 1.0)
+    return _drawn(
+        RandomFlip(_or(flip, 0.5)),
+        RandomAffine(1.0, 15 * s, 0.1 * s, (0.85**s, 0.85**-s), 10 * s, fill=None),
+        ElasticDeformation(0.5, 0.08 * s, of_side=True),
+    )
 
 
 def digits(size: int | None, *, strength: float | None = None, blur: float | None = None) -> list[nn.Module]:

@@ -5,7 +5,7 @@ they are on the device, unless the loader's workers are to augment them (`worker
 imported from its own module). `fractions` chooses the few labels of many, `identity` says who an image is.
 """
 
-from contrastive_core.data.fractions import label_fraction, labels_listed, labels_per_class, only_labelled
+from contrastive_core.data.fractions import LabelAmount, label_fraction, labels_listed, labels_per_class, only_labelled
 from contrastive_core.data.identity import LabelSplit, sample_ids, split_digest
 from contrastive_core.data.images import ImageDataset, Sample, UndecodableImage
 from contrastive_core.data.loading import (
@@ -13,6 +13,7 @@ from contrastive_core.data.loading import (
     LoadedBatch,
     TooManyBadImages,
     batch_indices,
+    decodable,
     evaluation_batches,
     sample_order,
     training_batches,
@@ -22,6 +23,7 @@ from contrastive_core.data.sources import Splits, imagefolder, mnist5k, parquet,
 __all__ = [
     "BadImages",
     "ImageDataset",
+    "LabelAmount",
     "LabelSplit",
     "LoadedBatch",
     "Sample",
@@ -29,6 +31,7 @@ __all__ = [
     "TooManyBadImages",
     "UndecodableImage",
     "batch_indices",
+    "decodable",
     "evaluation_batches",
     "imagefolder",
     "label_fraction",

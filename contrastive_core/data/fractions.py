@@ -12,6 +12,7 @@ import copy
 import math
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +65,39 @@ def labels_per_class(labels: Tensor, count: int, *, seed: int = 0, ids: Tensor |
             f"{count} labels a class, the rarest of {len(classes)} classes has {fewest}: pass 1 to {fewest}"
         )
     return _first(classes, [count] * len(classes), seed, ids)
+
+
+class LabelAmount(NamedTuple):
+    """How many labels: `kind` is "fraction", "labels" or "labels_per_class", `value` the share, or the number.
+
+    Example: `str(LabelAmount("labels", 40))` is "labels=40".
+    """
+
+    kind: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:g}"
+
+    def choose(self, labels: Tensor, *, seed: int = 0, ids: Tensor | None = None) -> Tensor:
+        """The images that keep their labels: sorted indices, int64. All kinds follow one order (`label_fraction`).
+
+        "labels" are as many of each class. Raises ValueError where there are not so many, or no such number of each.
+
+        Example: of `[0, 0, 1, 1, -1]`, `LabelAmount("labels", 4)` takes [0, 1, 2, 3].
+        """
+        if self.kind == "fraction":
+            return label_fraction(labels, self.value, seed=seed, ids=ids)
+        if self.kind not in ("labels", "labels_per_class") or self.value != int(self.value):
+            raise ValueError(f"{self}: pass fraction=F, or whole numbers as labels=N or labels_per_class=N")
+        count = int(self.value)
+        if self.kind == "labels_per_class":
+            return labels_per_class(labels, count, seed=seed, ids=ids)
+        classes = max(1, len(labels[labels >= 0].unique()))
+        if count % classes or count < 1:
+            below = max(classes, count // classes * classes)
+            raise ValueError(f"labels={count} for {classes} classes: pass a multiple, {below} or {below + classes}")
+        return labels_per_class(labels, count // classes, seed=seed, ids=ids)
 
 
 def labels_listed(dataset: ImageDataset, file: str | Path) -> Tensor:

@@ -272,3 +272,22 @@ class BadImages:
                 f"{self.bad} of {self.seen} images seen cannot be decoded, more than the accepted "
                 f"{self.limit_share:.2%} (see the log for their names): mend the data or raise the limit"
             )
+
+
+def decodable(dataset: ImageDataset, bad_images: BadImages, workers: int) -> ImageDataset:
+    """The data set without the images that cannot be decoded; one that is not cached is decoded once to see.
+
+    Raises TooManyBadImages above the accepted share.
+
+    Example: where all can be decoded, the same data set.
+    """
+    if dataset.pixels is not None:
+        bad_images.count(list(dataset.faults.values()), seen=len(dataset))
+        good = torch.tensor([index for index in range(len(dataset)) if index not in dataset.faults], dtype=torch.int64)
+    else:
+        parts = []
+        for batch in evaluation_batches(dataset, batch_size=256, workers=workers):
+            bad_images.count(batch.faults, seen=len(batch.labels) + len(batch.faults))
+            parts.append(batch.indices)
+        good = torch.cat(parts)
+    return dataset if len(good) == len(dataset) else dataset.subset(good)

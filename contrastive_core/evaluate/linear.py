@@ -17,6 +17,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from contrastive_core.data.fractions import labels_per_class
 from contrastive_core.data.loading import sample_order
 
 REGULARISATIONS = tuple(10.0 ** (exponent / 2) for exponent in range(8, -5, -1))
@@ -235,28 +236,6 @@ def _mean_logits(head: nn.Module, latents: Tensor) -> Tensor:
     return reduce(logits, "(b positions) classes -> b classes", "mean", positions=positions)
 
 
-def label_draws(labels: Tensor, per_class: int, draws: int, seed: int) -> list[Tensor]:
-    """Random choices of `per_class` rows of each class: `draws` tensors `classes * per_class` int64, sorted.
-
-    labels: `n` int64, -1 = unlabelled (never drawn). Draw i depends on (seed, i) only, so asking for more draws
-    leaves the first ones as they were.
-
-    Raises ValueError when a class has too few rows.
-
-    Example: two rows a class, `per_class=2`: every draw is all rows.
-    """
-    rows = [(labels == label).nonzero().flatten() for label in labels[labels >= 0].unique()]
-    fewest = min((len(of_class) for of_class in rows), default=0)
-    if not 1 <= per_class <= fewest:
-        raise ValueError(
-            f"{per_class} labels a class, the rarest of {len(rows)} classes has {fewest}: pass 1 to {fewest}"
-        )
-    return [
-        torch.cat([of_class[sample_order(len(of_class), seed, draw)[:per_class]] for of_class in rows]).sort().values
-        for draw in range(draws)
-    ]
-
-
 def few_label_accuracy(
     train_x: Tensor,
     train_y: Tensor,
@@ -265,14 +244,18 @@ def few_label_accuracy(
     *,
     per_class: int,
     draws: int = 5,
-    seed: int = 0,
+    ids: Tensor | None = None,
     classifier: Classifier = linear_probe,
 ) -> list[float]:
     """Accuracy on all test rows of a classifier given `per_class` labels of each class, one for each draw.
 
+    Draw i is `labels_per_class(..., seed=i, ids=ids)`, as everywhere, so that asking for more leaves the first ones as
+    they were.
+
+    ids: `n` int64, the images' identities (`sample_ids`); None = their places among the rows.
     classifier: `linear_probe`, or one from `baselines`; it sets itself by cross-validation on the labels it is given.
 
     Example: with as many labels as there are, every draw gives the same number.
     """
-    chosen = label_draws(train_y, per_class, draws, seed)
+    chosen = [labels_per_class(train_y, per_class, seed=draw, ids=ids) for draw in range(draws)]
     return [classifier(train_x[rows], train_y[rows], test_x, test_y).accuracy for rows in chosen]

@@ -27,10 +27,18 @@ class LabelledFeatures(NamedTuple):
 
 
 def few_label_row(
-    features: LabelledFeatures, per_class: int, draws: int, classifier: Classifier = linear_probe
+    features: LabelledFeatures,
+    per_class: int,
+    draws: int,
+    classifier: Classifier = linear_probe,
+    *,
+    ids: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Mean and deviation over label draws: {"labels", "accuracy", "spread", "draws": each accuracy}."""
-    accuracies = few_label_accuracy(*features, per_class=per_class, draws=draws, classifier=classifier)
+    """Mean and deviation over label draws: {"labels", "accuracy", "spread", "draws": each accuracy}.
+
+    ids: the training images' identities, as `few_label_accuracy`.
+    """
+    accuracies = few_label_accuracy(*features, per_class=per_class, draws=draws, classifier=classifier, ids=ids)
     return {
         "labels": per_class * len(features.train_labels.unique()),
         "accuracy": statistics.mean(accuracies),
@@ -40,7 +48,12 @@ def few_label_row(
 
 
 def probe_rows(
-    readouts: Mapping[str, LabelledFeatures], *, per_class: Sequence[int] = (), draws: int = 5, all_labels: bool = True
+    readouts: Mapping[str, LabelledFeatures],
+    *,
+    per_class: Sequence[int] = (),
+    draws: int = 5,
+    all_labels: bool = True,
+    ids: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """kNN and linear probes, on all and on few labels, for each readout.
 
@@ -48,12 +61,13 @@ def probe_rows(
         readouts: features `n d` by the readout's name ("mean", "2x2").
         per_class: label counts a class for the few-label rows, each the mean over `draws` draws.
         all_labels: also use all training labels (kNN and the linear probe).
+        ids: the training images' identities, as `few_label_accuracy`.
 
     Returns rows {"readout", "probe", "labels", "accuracy", ...}.
     """
     rows: list[dict[str, Any]] = []
     for readout, features in readouts.items():
-        few = [few_label_row(features, number, draws) for number in per_class]
+        few = [few_label_row(features, number, draws, ids=ids) for number in per_class]
         rows += [{"readout": readout, "probe": "linear", **row} for row in few]
         if all_labels:
             for probe, accuracy in (("kNN", knn_accuracy(*features)), ("linear", linear_probe(*features).accuracy)):

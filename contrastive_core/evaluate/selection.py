@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from torch import Tensor
 from contrastive_core.randomness import Randomness
 
 A_CLASS_FOR_A_PART = 20
-FOLDS = 5
+HELD_OUT = 5
+"""One of so many labels of each class is held out, where there are enough for a part."""
+FOLDS = 3
+"""At most: more would judge a little better, and take as many more trainings."""
 SHARES = (0.25, 0.5, 1.0)
 """Of the steps, for all settings, for half of them and for a quarter."""
 
@@ -55,7 +58,7 @@ def selection_parts(labels: Tensor, *, seed: int = 0, ids: Tensor | None = None)
         return []
     rank = _rank_in_class(labels, seed, ids)
     if rarest >= A_CLASS_FOR_A_PART:
-        return [_part(rank % FOLDS == 0)]
+        return [_part(rank % HELD_OUT == 0)]
     folds = min(FOLDS, rarest)
     return [_part(rank % folds == fold) for fold in range(folds)]
 
@@ -99,3 +102,76 @@ def successive_halving(
         most = 1 if share == shares[-1] else -(-len(left) // 2)
         left = [left[place] for place in sorted(best[:most])]
     return left[0]
+
+
+class Rows(NamedTuple):
+    """Some images of a data set's training or test part: `part` is "train" or "test", `indices` `n` int64."""
+
+    part: str
+    indices: Tensor
+
+
+class LabelProtocol(Protocol[Setting]):
+    """A way of using few labels: frozen features and a probe, fine-tuning, training from scratch.
+
+    settings: what it may be tried with; the first is the one that was fixed beforehand, on other data.
+    """
+
+    settings: Sequence[Setting]
+
+    def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
+        """The class that each image of `at` is given after learning from training images `fit` and their labels.
+
+        share: of the optimizer steps, above 0 and at most 1; what has no steps does not look at it.
+        """
+        ...
+
+
+def choose_setting(
+    protocol: LabelProtocol[Setting], chosen: Tensor, labels: Tensor, *, seed: int, ids: Tensor | None = None
+) -> Setting:
+    """The setting of a protocol that does best among the chosen labels themselves.
+
+    Args:
+        chosen: `m` int64, the training images whose labels may be used.
+        labels: `n` int64, of all training images; no others than those chosen are looked at.
+        seed: of the parting, and of every trial.
+        ids: `n` int64, the images' identities; None = their indices.
+
+    With one label a class there is nothing to judge by: the first setting, which was fixed beforehand.
+
+    Example: of one setting, that one, without a trial.
+    """
+    if len(protocol.settings) == 1:
+        return protocol.settings[0]
+    parts = selection_parts(labels[chosen], seed=seed, ids=chosen if ids is None else ids[chosen])
+    if not parts:
+        return protocol.settings[0]
+
+    def score(setting: Setting, share: float) -> float:
+        right = 0
+        for part in parts:
+            held = chosen[part.held]
+            predictions = protocol.predict(chosen[part.fit], Rows("train", held), setting, share, seed)
+            right += int((predictions == labels[held]).sum())
+        return right / sum(len(part.held) for part in parts)
+
+    return successive_halving(protocol.settings, score)
+
+
+def whole_trials(settings: int, folds: int, shares: Sequence[float] = SHARES) -> float:
+    """How many whole trainings `choose_setting` and the last fit to all labels take.
+
+    Args: `settings`: how many; `folds`: 1 for one held-out part, 0 for one label a class.
+
+    Example: one setting takes 1; two settings judged in three folds take 7.
+    """
+    tried: list[float] = []
+
+    def score(setting: int, share: float) -> float:
+        tried.append(share)
+        return 0.0
+
+    if folds and settings > 1:
+        successive_halving(range(settings), score, shares=shares)
+    return folds * sum(tried) + 1

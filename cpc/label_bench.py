@@ -1,0 +1,351 @@
+"""What the cells of a label sweep share, and what a cell does: images, choices of labels, features encoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from contrastive_core.data import (
+    BadImages,
+    ImageDataset,
+    LabelAmount,
+    LabelSplit,
+    Splits,
+    decodable,
+    sample_ids,
+    split_digest,
+)
+from contrastive_core.evaluate.selection import LabelProtocol, Rows, choose_setting
+from contrastive_core.methods.classifier import Classifier
+from cpc.features import (
+    FrozenClassifier,
+    FrozenEncoder,
+    build_encoder,
+    load_encoder,
+    load_head,
+    read_card,
+    read_encoder,
+    untrained_encoder,
+)
+from cpc.label_protocols import (
+    FeatureTable,
+    FinetuneProtocol,
+    HeadProtocol,
+    LatentProtocol,
+    Probe,
+    ProbeProtocol,
+    ScratchProtocol,
+    Training,
+    linear,
+    logistic,
+    nearest,
+    svm,
+)
+from cpc.label_report import SCRATCH
+from cpc.latent_classifier import LatentClassifier
+
+FROZEN = ("linear", "knn", "classifier")
+OF_RUNS = (*FROZEN, "finetune", "head")
+NETWORKS = ("cnn", "image", "patches")
+FROM_SCRATCH = ("logistic", "svm", *NETWORKS)
+
+LARGEST_PIXELS = 32
+"""Pixels a side that probes of pixels see at most: larger images are averaged down."""
+
+
+class Arm(NamedTuple):
+    """First weights and what is done with them.
+
+    method: the run's, "random" or "scratch". run: a folder, "" where the network starts from nothing. repeat: of the
+    same method's runs, this one's place.
+    """
+
+    method: str
+    protocol: str
+    run: str
+    repeat: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.protocol}" + (f", run {self.repeat}" if self.repeat else "")
+
+
+class Cell(NamedTuple):
+    """One arm with one choice of labels."""
+
+    arm: Arm
+    amount: LabelAmount
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Its path below `out/cells`. Example: "CPC-0/linear/labels=40-seed0.json"."""
+        return f"{self.arm.method}-{self.arm.repeat}/{self.arm.protocol}/{self.amount}-seed{self.seed}.json"
+
+    def __str__(self) -> str:
+        return f"{self.arm}: {self.amount}, seed {self.seed}"
+
+
+# ---- the images ----
+
+
+def usable(splits: Splits, bad_images: float, workers: int) -> Splits:
+    """The images that can be decoded; ValueError where training has no image of a class, or test has one more.
+
+    Args: `splits`: all of them labelled. `bad_images`: the share that may be undecodable.
+    """
+    assert splits.test is not None
+    train, test = (decodable(part, BadImages(bad_images), workers) for part in (splits.train, splits.test))
+    classes = len(train.labels.unique())
+    if int(train.labels.max()) != classes - 1:
+        empty = sorted(set(range(train.classes)) - set(train.labels.tolist()))
+        raise ValueError(f"no training image has a label of class {empty[0]}: number the classes that there are from 0")
+    if int(test.labels.max()) >= classes:
+        raise ValueError(f"test images have classes up to {int(test.labels.max())}, there are {classes} to learn")
+    return Splits(train, test)
+
+
+Choices = Mapping[tuple[LabelAmount, int], LabelSplit]
+"""The labels of every amount and seed."""
+
+
+def choices_of(
+    amounts: Sequence[LabelAmount], labels: Tensor, ids: Tensor, *, seeds: int, few: float, seeds_above: int
+) -> dict[tuple[LabelAmount, int], LabelSplit]:
+    """What every amount and seed choose: `seeds` up to the share `few` of the labels, `seeds_above` above it.
+
+    Args: `labels`, `ids`: `n` int64, of all training images.
+    """
+    choices: dict[tuple[LabelAmount, int], LabelSplit] = {}
+    for amount in amounts:
+        count = len(amount.choose(labels, ids=ids))
+        for seed in range(seeds if count <= few * len(labels) else seeds_above):
+            indices = amount.choose(labels, seed=seed, ids=ids)
+            choices[amount, seed] = LabelSplit(indices, split_digest(ids, labels, indices))
+    return choices
+
+
+# ---- what a cell does ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How every cell learns.
+
+    views: one augmented view of uint8 images, in [0, 1] and not normalised.
+    cnn: makes the ordinary network's encoder.
+    classifier: arguments of `LatentClassifier`.
+    steps, settings: by protocol; "scratch" for all networks from random weights.
+    batch_size: images a step. encodings: as `LatentProtocol`'s. head_layer: of "head".
+    mode: how encoders of patches are run; None = as they were trained.
+    seed: of the untrained encoder. workers: processes that decode images.
+    described: whatever else results depend on, by name: the configurations of views and cnn, the precision.
+    """
+
+    views: nn.Module
+    cnn: Callable[[], nn.Module]
+    classifier: Mapping[str, Any]
+    steps: Mapping[str, int]
+    settings: Mapping[str, Sequence[Mapping[str, float]]]
+    batch_size: int
+    encodings: int
+    head_layer: int
+    mode: str | None
+    seed: int
+    workers: int
+    described: Mapping[str, Any]
+
+
+class Bench:
+    """What the cells share: images, choices of labels, and features that are encoded once.
+
+    Args: `splits`: as `usable`. `choices`: of labels, by amount and seed.
+    """
+
+    def __init__(self, plan: Plan, splits: Splits, choices: Choices, accelerator: Accelerator) -> None:
+        self.plan, self.splits, self.choices, self.accelerator = plan, splits, choices, accelerator
+        self.labels, self.ids = splits.train.labels, sample_ids(splits.train)
+        self.used = torch.cat([choice.indices for choice in choices.values()]).unique()
+        self.tables: dict[tuple[str, bool], FeatureTable] = {}
+        self._encoders: dict[tuple[str, bool], FrozenEncoder] = {}
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return int(self.labels.max()) + 1
+
+    def encoder(self, arm: Arm) -> FrozenEncoder:
+        """An arm's frozen encoder, which gives grids."""
+        key = arm.run, arm.method == "random"
+        if key not in self._encoders:
+            read = partial(untrained_encoder, seed=self.plan.seed) if key[1] else load_encoder
+            encoder = read(arm.run, readout="grid", mode=self.mode_for(arm.run))
+            self._encoders[key] = encoder.to(self.accelerator.device)
+        return self._encoders[key]
+
+    def mode_for(self, run: str) -> str | None:
+        """`plan.mode`, but an encoder of whole images has one only."""
+        return self.plan.mode if read_card(run)[1]["input"].get("patch_size") else None
+
+    def table(self, arm: Arm) -> FeatureTable:
+        """Grids of latents of an arm's frozen encoder."""
+        key = arm.run, arm.method == "random"
+        if key not in self.tables:
+            encoder = self.encoder(arm)
+            self.tables[key] = FeatureTable(
+                encoder,
+                self.splits,
+                self.used,
+                self.accelerator,
+                batch_size=encoder.batch_size,
+                workers=self.plan.workers,
+            )
+        return self.tables[key]
+
+    @cached_property
+    def pixels(self) -> FeatureTable:
+        """Pixels as features, one channel of three where the training images have no colour."""
+        sample = torch.stack([self.splits.train[int(i)].image for i in self.used[:256]])
+        grey = bool((sample[:, :1] == sample).all())
+
+        def flat(images: Tensor) -> Tensor:
+            images = images[:, :1] if grey else images
+            return (
+                adaptive_avg_pool2d(images, LARGEST_PIXELS) if images.shape[-1] > LARGEST_PIXELS else images
+            ).flatten(1)
+
+        return FeatureTable(flat, self.splits, self.used, self.accelerator, workers=self.plan.workers)
+
+    def training(self, name: str) -> Training:
+        """How long a protocol trains, on what."""
+        return Training(self.splits, self.plan.views, self.accelerator, self.plan.steps[name], self.plan.batch_size)
+
+    def classifier(self, dim: int) -> nn.Module:
+        """A classifier on a grid of latents."""
+        return LatentClassifier(dim, self.classes, **self.plan.classifier)
+
+    def protocol(self, arm: Arm, chosen: Tensor) -> LabelProtocol[Any]:
+        """What an arm does with the labels of the chosen images."""
+        settings = self._settings_of(arm)
+        probes: dict[str, Probe] = {"linear": linear, "knn": nearest, "logistic": logistic, "svm": svm}
+        if arm.protocol in ("logistic", "svm"):
+            return ProbeProtocol(self.pixels, self.labels, probes[arm.protocol], settings)
+        if arm.protocol in probes:
+            return ProbeProtocol(self.table(arm), self.labels, probes[arm.protocol], settings)
+        if arm.method == SCRATCH:
+            return ScratchProtocol(self.training("scratch"), partial(self.fresh, arm), settings)
+        if arm.protocol == "head":
+            return HeadProtocol(self.training("head"), partial(self.with_head, arm.run), settings)
+        encoder = self.encoder(arm)
+        first = LatentProtocol(
+            self.training("classifier"),
+            chosen,
+            self.table(arm),
+            encoder,
+            partial(self.classifier, encoder.dim),
+            self.plan.encodings,
+            settings,
+        )
+        if arm.protocol == "classifier":
+            return first
+        return FinetuneProtocol(first, self.training("finetune"), settings)
+
+    def fresh(self, arm: Arm) -> nn.Module:
+        """A network from random weights: images in [0, 1] -> logits."""
+        _, card = read_card(arm.run)
+        encoder = self.plan.cnn() if arm.protocol == "cnn" else build_encoder(card["architecture"])
+        mode = "patches" if arm.protocol == "patches" else "image"
+        reads = FrozenEncoder(encoder, **card["input"], mode=mode, readout="grid")
+        if arm.protocol == "cnn":  # it ends in a mean and a linear layer, as usual
+            return nn.Sequential(
+                reads, LatentClassifier(reads.dim, self.classes, blocks=0, dropout=self.plan.classifier["dropout"])
+            )
+        return nn.Sequential(reads, self.classifier(reads.dim))
+
+    def with_head(self, run: str) -> nn.Module:
+        """A run's encoder with the first layers of its head and a linear layer: images in [0, 1] -> logits."""
+        encoder, card = read_encoder(run)
+        network = Classifier(encoder, classes=self.classes, head=load_head(run).upto(self.plan.head_layer))
+        return FrozenClassifier(network, card["input"], self.splits.train.class_names)
+
+    def asked(self, cell: Cell) -> dict[str, Any]:
+        """All that a cell's result depends on, to tell whether one that is there is the one that is asked for."""
+        plan, arm = self.plan, cell.arm
+        own: dict[str, Any] = {
+            "split": self.choices[cell.amount, cell.seed].digest,
+            "test": self.test_digest,
+            "pixels": self.test.size,
+            "settings": [dict(setting) for setting in self._settings_of(arm)],
+        }
+        if arm.protocol in ("logistic", "svm"):
+            return own
+        own["encoder"] = self._fingerprint(arm)
+        own["mode"] = self.mode_for(arm.run) if arm.protocol not in NETWORKS else arm.protocol
+        if arm.protocol in ("linear", "knn"):
+            return own
+        names = {"classifier": ["classifier"], "finetune": ["classifier", "finetune"], "head": ["head"]}
+        own |= {"steps": {name: plan.steps[name] for name in names.get(arm.protocol, ["scratch"])}}
+        own |= {"batch_size": plan.batch_size, "classifier": dict(plan.classifier), **plan.described}
+        own |= {"encodings": plan.encodings} if arm.protocol in ("classifier", "finetune") else {}
+        return own | ({"head_layer": plan.head_layer} if arm.protocol == "head" else {})
+
+    @property
+    def test(self) -> ImageDataset:
+        """The test images."""
+        assert self.splits.test is not None
+        return self.splits.test
+
+    @cached_property
+    def test_digest(self) -> str:
+        """Stands for all test images and their labels."""
+        return split_digest(sample_ids(self.test), self.test.labels, torch.arange(len(self.test)))
+
+    def _settings_of(self, arm: Arm) -> Sequence[Mapping[str, float]]:
+        if arm.protocol in ("logistic", "svm"):
+            return [{}]  # they set themselves
+        return self.plan.settings["scratch" if arm.protocol in NETWORKS else arm.protocol]
+
+    def _fingerprint(self, arm: Arm) -> Any:
+        weights, card = read_card(arm.run)
+        if arm.protocol == "cnn":
+            return {"input": card["input"]}
+        if arm.method in (SCRATCH, "random"):
+            seed = {"seed": self.plan.seed} if arm.method == "random" else {}
+            return {"architecture": card["architecture"], "input": card["input"], **seed}
+        return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+
+
+def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Choose settings, learn from all labels of the cell, and look at the test images once."""
+    began = time.perf_counter()
+    choice = bench.choices[cell.amount, cell.seed]
+    protocol = bench.protocol(cell.arm, choice.indices)
+    setting = choose_setting(protocol, choice.indices, bench.labels, seed=cell.seed, ids=bench.ids)
+    everything = Rows("test", torch.arange(len(bench.test)))
+    predictions = protocol.predict(choice.indices, everything, setting, 1.0, cell.seed)
+    right = predictions == bench.test.labels
+    per_class = [right[bench.test.labels == label].double().mean().item() for label in bench.test.labels.unique()]
+    return {
+        "method": cell.arm.method,
+        "protocol": cell.arm.protocol,
+        "repeat": cell.arm.repeat,
+        "amount": str(cell.amount),
+        "labels": len(choice.indices),
+        "fraction": len(choice.indices) / len(bench.labels),
+        "seed": cell.seed,
+        "split": choice.digest,
+        "accuracy": right.double().mean().item(),
+        "class_accuracy": sum(per_class) / len(per_class),
+        "setting": dict(setting),
+        "seconds": round(time.perf_counter() - began, 2),
+        "asked": bench.asked(cell),
+        "predictions": predictions.tolist(),
+    }

@@ -1,0 +1,330 @@
+"""What a label sweep's cells come to: a table, a curve, and how many labels pre-training saves.
+
+At each number of labels the scratch curve is the best of all networks and probes that started from nothing, best by
+their mean accuracy on the test images: where that choice errs, it errs in their favour. Beside it stands the curve of
+the same network from random weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_core.evaluate.label_saving import SavingInterval, saving_interval
+from contrastive_core.label_plots import Curve, SavingArrow, label_figure
+from contrastive_core.plots import format_table, save_figure
+
+SCRATCH = "scratch"
+BEST, SAME = "best from scratch", "same network from scratch"
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A finished cell: which arm with which labels, and the class that it gave to every test image."""
+
+    method: str
+    protocol: str
+    repeat: int
+    amount: str
+    labels: int
+    fraction: float
+    seed: int
+    split: str
+    accuracy: float
+    class_accuracy: float
+    setting: dict[str, float]
+    seconds: float
+    predictions: Tensor
+
+
+def read_results(files: Sequence[Path]) -> list[CellResult]:
+    """Of all cells whose file is there."""
+    results = []
+    for file in files:
+        if file.is_file():
+            written = json.loads(file.read_text())
+            written["predictions"] = torch.tensor(written["predictions"], dtype=torch.int64)
+            results.append(CellResult(**{name: written[name] for name in CellResult.__dataclass_fields__}))
+    return results
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The results of one curve: by number of labels and seed, those of every pre-training run."""
+
+    cells: dict[int, dict[int, dict[int, CellResult]]]  # labels: seed: repeat
+
+    @staticmethod
+    def of(results: Sequence[CellResult]) -> Arms:
+        """Results of one method and protocol."""
+        cells: dict[int, dict[int, dict[int, CellResult]]] = {}
+        for result in results:
+            cells.setdefault(result.labels, {}).setdefault(result.seed, {})[result.repeat] = result
+        return Arms(cells)
+
+    def accuracies(self, labels: int) -> list[float]:
+        """Of every seed the mean over the runs."""
+        return [
+            statistics.mean(one.accuracy for one in of_seed.values())
+            for _, of_seed in sorted(self.cells[labels].items())
+        ]
+
+    def right(self, labels: int, seeds: Sequence[int], truth: Tensor) -> Tensor | None:
+        """`runs draws images` bool for these seeds; None where a cell is missing."""
+        of_seeds = [self.cells[labels].get(seed, {}) for seed in seeds]
+        repeats = sorted({repeat for of_seed in self.cells[labels].values() for repeat in of_seed})
+        if any(repeat not in of_seed for of_seed in of_seeds for repeat in repeats) or not repeats:
+            return None
+        return torch.stack(
+            [torch.stack([of_seed[repeat].predictions == truth for of_seed in of_seeds]) for repeat in repeats]
+        )
+
+
+def curves_of(results: Sequence[CellResult]) -> dict[tuple[str, str], Arms]:
+    """Every arm's results by method and protocol."""
+    named: dict[tuple[str, str], list[CellResult]] = {}
+    for result in results:
+        named.setdefault((result.method, result.protocol), []).append(result)
+    return {name: Arms.of(mine) for name, mine in named.items()}
+
+
+def scratch_curves(curves: Mapping[tuple[str, str], Arms]) -> dict[str, dict[int, tuple[str, Arms]]]:
+    """For `BEST` and `SAME`: at each number of labels the protocol from scratch that does best, with its results."""
+    allowed = {BEST: None, SAME: ("patches", "image")}
+    found: dict[str, dict[int, tuple[str, Arms]]] = {name: {} for name in allowed}
+    for name, protocols in allowed.items():
+        for (method, protocol), arms in curves.items():
+            if method != SCRATCH or (protocols and protocol not in protocols):
+                continue
+            for labels in arms.cells:
+                before = found[name].get(labels)
+                mean = statistics.mean(arms.accuracies(labels))
+                if before is None or mean > statistics.mean(before[1].accuracies(labels)):
+                    found[name][labels] = (protocol, arms)
+    return {name: dict(sorted(curve.items())) for name, curve in found.items() if curve}
+
+
+def savings_of(
+    curves: Mapping[tuple[str, str], Arms], truth: Tensor, weights: Tensor | None = None
+) -> list[dict[str, Any]]:
+    """The label saving of every pre-trained arm at every number of labels, against both curves from scratch.
+
+    Args:
+        truth: `m` int64, the test images' classes.
+        weights: `m`, of the images, with a mean of 1; None = all alike.
+    """
+    rows = []
+    for against, scratch in scratch_curves(curves).items():
+        for (method, protocol), arms in curves.items():
+            if method == SCRATCH:
+                continue
+            for labels in sorted(arms.cells):
+                interval = _saving(labels, arms, scratch, truth, weights)
+                if interval is not None:
+                    rows.append(_saving_row(method, protocol, labels, against, interval, arms))
+    return rows
+
+
+def _saving(
+    labels: int, arms: Arms, scratch: Mapping[int, tuple[str, Arms]], truth: Tensor, weights: Tensor | None
+) -> SavingInterval | None:
+    """None while a cell is missing."""
+    seeds = sorted(arms.cells[labels])
+    right = arms.right(labels, seeds, truth)
+    points: dict[int, Tensor] = {}
+    for count, (_, from_scratch) in scratch.items():
+        there = from_scratch.right(count, [seed for seed in seeds if seed in from_scratch.cells[count]], truth)
+        if there is None or not there.shape[1]:
+            return None
+        # above a tenth of the labels there may be one draw: it stands for all
+        points[count] = there[0] if there.shape[1] == len(seeds) else there[0, :1].expand(len(seeds), -1)
+    if right is None or not points:
+        return None
+    if weights is not None:
+        right, points = right * weights, {count: there * weights for count, there in points.items()}
+    return saving_interval(labels, right, points)
+
+
+def _saving_row(
+    method: str, protocol: str, labels: int, against: str, interval: SavingInterval, arms: Arms
+) -> dict[str, Any]:
+    draws = arms.cells[labels]
+    return {
+        "method": method,
+        "protocol": protocol,
+        "labels": labels,
+        "against": against,
+        "saving": str(interval.saving),
+        "low": str(interval.low),
+        "high": str(interval.high),
+        "saves": interval.low.value > 1,
+        "draws": len(draws),
+        "runs": max(len(of_seed) for of_seed in draws.values()),
+    }
+
+
+def balanced(truth: Tensor) -> Tensor:
+    """Weights with a mean of 1 that make the mean over images the mean of the classes' accuracies."""
+    counts = torch.bincount(truth).double()
+    present = (counts > 0).sum()
+    return (len(truth) / (present * counts.clamp(min=1)))[truth]
+
+
+# ---- what is written ----
+
+
+def accuracy_rows(curves: Mapping[tuple[str, str], Arms]) -> list[dict[str, Any]]:
+    """Mean and deviation of every arm at every number of labels."""
+    rows = []
+    for (method, protocol), arms in curves.items():
+        for labels in sorted(arms.cells):
+            accuracies = arms.accuracies(labels)
+            cells = [cell for of_seed in arms.cells[labels].values() for cell in of_seed.values()]
+            rows.append(
+                {
+                    "method": method,
+                    "protocol": protocol,
+                    "labels": labels,
+                    "accuracy": statistics.mean(accuracies),
+                    "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+                    "class accuracy": statistics.mean(cell.class_accuracy for cell in cells),
+                    "cells": len(cells),
+                    "seconds": round(sum(cell.seconds for cell in cells), 1),
+                }
+            )
+    return rows
+
+
+def write_csv(path: Path, results: Sequence[CellResult]) -> None:
+    """A row a cell."""
+    names = [name for name in CellResult.__dataclass_fields__ if name != "predictions"]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows([getattr(result, name) for name in names] for result in results)
+
+
+def draw(path: Path, curves: Mapping[tuple[str, str], Arms], savings: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy against labels: the best protocol of every method, the best from scratch, and what is saved."""
+    drawn = []
+    best = scratch_curves(curves).get(BEST, {})
+    if best:
+        drawn.append(
+            Curve(BEST, {labels: arms.accuracies(labels) for labels, (_, arms) in best.items()}, baseline=True)
+        )
+    arrows = []
+    for method in dict.fromkeys(method for method, _ in curves if method != SCRATCH):
+        protocol = best_protocol(curves, method)
+        arms = curves[method, protocol]
+        points = {labels: arms.accuracies(labels) for labels in sorted(arms.cells)}
+        drawn.append(Curve(f"{method}, {protocol}", points))
+        if method != "random":
+            arrows += [
+                SavingArrow(row["labels"], statistics.mean(points[row["labels"]]), row["saving"], len(drawn) - 1)
+                for row in savings
+                if (row["method"], row["protocol"], row["against"]) == (method, protocol, BEST)
+            ]
+    save_figure(label_figure(drawn, arrows), path)
+
+
+def best_protocol(curves: Mapping[tuple[str, str], Arms], method: str) -> str:
+    """Of a method's protocols the one with the highest mean over the label counts that the most of them have."""
+    means = {
+        protocol: statistics.mean(statistics.mean(arms.accuracies(labels)) for labels in arms.cells)
+        for (name, protocol), arms in curves.items()
+        if name == method
+    }
+    most = max(len(curves[method, protocol].cells) for protocol in means)
+    whole = [protocol for protocol in means if len(curves[method, protocol].cells) == most]
+    return max(whole, key=lambda protocol: means[protocol])
+
+
+def write_report(out: Path, results: Sequence[CellResult], truth: Tensor, about: dict[str, Any]) -> None:
+    """label_efficiency.csv and .png, summary.json and report.md of the cells that are done.
+
+    Args: `truth`: `m` int64, the test images' classes. `about`: what the command knows, written down as it is.
+    """
+    curves = curves_of(results)
+    savings = savings_of(curves, truth)
+    uneven = len(torch.bincount(truth).unique()) > 1
+    per_class = savings_of(curves, truth, balanced(truth)) if uneven else []
+    splits = {f"{result.amount}, seed {result.seed}": result.split for result in results}
+    chosen = {
+        name: {labels: protocol for labels, (protocol, _) in curve.items()}
+        for name, curve in scratch_curves(curves).items()
+    }
+    about = {
+        **about,
+        "python": platform.python_version(),
+        "seconds": round(sum(result.seconds for result in results), 1),
+    }
+    summary = {
+        **about,
+        "accuracies": accuracy_rows(curves),
+        "savings": savings,
+        **({"savings_per_class": per_class} if uneven else {}),
+        "scratch": chosen,
+        "splits": splits,
+    }
+    write_csv(out / "label_efficiency.csv.partial", results)
+    (out / "summary.json.partial").write_text(json.dumps(summary, indent=1) + "\n")
+    (out / "report.md.partial").write_text(_report(about, curves, savings, per_class, chosen, splits, len(results)))
+    for name in ("label_efficiency.csv", "summary.json", "report.md"):
+        (out / f"{name}.partial").replace(out / name)
+    draw(out / "label_efficiency.png", curves, savings)
+
+
+def _report(
+    about: Mapping[str, Any],
+    curves: Mapping[tuple[str, str], Arms],
+    savings: Sequence[Mapping[str, Any]],
+    per_class: Sequence[Mapping[str, Any]],
+    chosen: Mapping[str, Mapping[int, str]],
+    splits: Mapping[str, str],
+    cells: int,
+) -> str:
+    runs = {name: len(folders) for name, folders in about["runs"].items()}
+    few = [name for name, count in runs.items() if count == 1]
+    lines = [
+        "# How many labels pre-training saves",
+        "",
+        "![accuracy against labels](label_efficiency.png)",
+        "",
+        f"{cells} of {about['cells']} cells; {about['train_images']:,} training and {about['test_images']:,} test "
+        f"images of {about['classes']} classes; torch {about['torch']}, Python {about['python']}; "
+        f"{about['seconds'] / 3600:.2f} h.",
+        "",
+        f"    {about['command']}",
+        "",
+        *[f"- {note}" for note in about["notes"]],
+        *[f"- one pre-training run of {name}: its intervals leave the luck of pre-training out" for name in few],
+        *[f"- failed: {name}: {wrong}" for name, wrong in about["failed"].items()],
+        "- the best from scratch is chosen at each number of labels on the test images, in its favour: "
+        + ", ".join(f"{protocol} at {labels}" for labels, protocol in chosen.get(BEST, {}).items()),
+        "",
+        "## Accuracy: the mean over choices of labels and runs, and the deviation over choices",
+        "",
+        "```",
+        format_table(accuracy_rows(curves)),
+        "```",
+        "",
+        "## Label saving: n_s / n, and its 95 % interval",
+        "",
+        "```",
+        format_table(savings) if savings else "none yet",
+        "```",
+        "",
+    ]
+    if per_class:
+        lines += ["The same by the mean accuracy of the classes:", "", "```", format_table(per_class), "```", ""]
+    lines += ["## Splits", "", "```", *[f"{digest}  {name}" for name, digest in splits.items()], "```", ""]
+    return "\n".join(lines)

@@ -1,0 +1,385 @@
+"""How many labels pre-training saves: `python tools/sweep_labels.py runs=[DIR,...] labels=[20,40,100] out=DIR`.
+
+A grid of label counts, choices of labels, first weights and protocols, against the best of several networks and probes
+that start from nothing. Every cell is a file: the same command goes on where it was, on one machine or on many
+(`-m shard=0,1 shards=2 hydra/launcher=joblib`), and draws the curve again after each.
+
+This is an entry point. What is learned from few labels, and how, is in `cpc.label_protocols` and `cpc.label_bench`;
+what is made of the cells, in `cpc.label_report`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from contrastive_core.data import LabelAmount, sample_ids
+from contrastive_core.evaluate.selection import Rows, selection_parts, whole_trials
+from cpc.entry import build, check_complete, command, start_accelerator
+from cpc.evaluate import labelled
+from cpc.features import MODES, read_card
+from cpc.finetune import never_flips
+from cpc.foreign import run_config, run_data
+from cpc.label_bench import (
+    FROM_SCRATCH,
+    FROZEN,
+    OF_RUNS,
+    Arm,
+    Bench,
+    Cell,
+    Plan,
+    choices_of,
+    run_cell,
+    usable,
+)
+from cpc.label_protocols import FinetuneProtocol, ProbeProtocol
+from cpc.label_report import SCRATCH, read_results, write_report
+from cpc.run import plain
+from cpc.run_folder import MAY_CHANGE, differing_keys
+
+REPORT_EVERY = 120
+"""Seconds between two drawings of the curve while it grows: thousands of resamples each."""
+
+
+@dataclass
+class SweepSchema:
+    """Types of the top-level keys of configs/sweep_labels.yaml."""
+
+    runs: list[str]
+    out: str
+    fractions: list[float]
+    labels: list[int]
+    labels_per_class: list[int]
+    seeds: int
+    few: float
+    seeds_above: int
+    protocols: list[str]
+    random: list[str]
+    scratch: list[str]
+    mode: str | None
+    steps: dict[str, int]
+    batch_size: int
+    encodings: int
+    head_layer: int
+    classifier: dict[str, Any]
+    cnn: Any
+    settings: dict[str, Any]
+    shard: int
+    shards: int
+    seed: int
+    bad_images: float
+    workers: int
+    precision: str
+    device: str | None
+    threads: int | None
+    load_size: int | None
+    image_size: int | None
+    mean: list[float]
+    std: list[float]
+    augmentation: dict[str, Any]
+    data: Any = None
+    views: Any = None
+
+
+# ---- what is asked for ----
+
+
+def check_asked(cfg: DictConfig) -> None:
+    """Raise ValueError that names the first key whose value cannot be meant, before anything is read."""
+    for name, hint in {"runs": "[DIR,...], folders of finished runs", "out": "DIR, where the results go"}.items():
+        if OmegaConf.is_missing(cfg, name) or not cfg[name]:
+            raise ValueError(f"not given: {name}; pass {name}={hint}")
+    for name, known in {"protocols": OF_RUNS, "random": FROZEN, "scratch": FROM_SCRATCH}.items():
+        unknown = [protocol for protocol in cfg[name] if protocol not in known]
+        if unknown:
+            raise ValueError(f"{name}={unknown}: pass some of {', '.join(known)}")
+    if not amounts_of(cfg):
+        raise ValueError("no labels asked for: pass fractions=[0.01,0.1], labels=[20,40] or labels_per_class=[1,2]")
+    for name, least in {
+        "seeds": 1,
+        "seeds_above": 1,
+        "batch_size": 1,
+        "encodings": 1,
+        "shards": 1,
+        "workers": 0,
+    }.items():
+        if cfg[name] < least:
+            raise ValueError(f"{name}={cfg[name]}: pass at least {least}")
+    if not 0 <= cfg.shard < cfg.shards:
+        raise ValueError(f"shard={cfg.shard} of shards={cfg.shards}: pass 0 to {cfg.shards - 1}")
+    if cfg.mode is not None and cfg.mode not in MODES:
+        raise ValueError(f"mode={cfg.mode}: pass one of {', '.join(MODES)}, or null")
+    if cfg.precision == "fp16":
+        raise ValueError("precision=fp16: pass precision=bf16 or precision=no")
+    for name, steps in cfg.steps.items():
+        if steps < 1:
+            raise ValueError(f"steps.{name}={steps}: pass at least 1")
+    for name in {*cfg.protocols, *cfg.random, "scratch"}:
+        if not cfg.settings.get(name):
+            raise ValueError(f"settings.{name} has none: pass [{{...}}], one setting or more")
+
+
+def amounts_of(cfg: DictConfig) -> list[LabelAmount]:
+    """The label counts that are asked for, in the order given."""
+    kinds = {"fraction": cfg.fractions, "labels": cfg.labels, "labels_per_class": cfg.labels_per_class}
+    return [LabelAmount(kind, float(value)) for kind, values in kinds.items() for value in values]
+
+
+def grouped_runs(runs: Sequence[str]) -> dict[str, list[str]]:
+    """Runs by the name of their method; those whose configurations differ in the seed alone are repeats of one.
+
+    Raises FileNotFoundError and ValueError where one is no finished run.
+
+    Example: two seeds of CPC and one SimCLR give {"CPC": [a, b], "SimCLR": [c]}; another CPC is "CPC 2".
+    """
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        method = str(read_card(run)[1].get("method", "encoder"))
+        names = [method, *(f"{method} {number}" for number in range(2, len(runs) + 1))]
+        name = next(name for name in names if name not in groups or _repeats(groups[name][0], run))
+        groups.setdefault(name, []).append(run)
+    return groups
+
+
+def _repeats(first: str, other: str) -> bool:
+    one, another = (run_config(run)[1] for run in (first, other))
+    return bool(one) and set(differing_keys(one, another)) <= {"seed", *MAY_CHANGE}
+
+
+def arms_of(cfg: DictConfig) -> list[Arm]:
+    """Every arm, those from scratch first.
+
+    Raises ValueError for "patches" where the first run's encoder has no patches, and for "head" where no run has one.
+    """
+    first = str(cfg.runs[0])
+    groups = grouped_runs(list(cfg.runs))
+    if "patches" in cfg.scratch and not read_card(first)[1]["input"].get("patch_size"):
+        cfg.scratch.remove("patches")
+    arms = [Arm(SCRATCH, protocol, first) for protocol in cfg.scratch]
+    arms += [Arm("random", protocol, first) for protocol in cfg.random]
+    with_head = [run for run in cfg.runs if read_card(run)[1].get("head")]
+    if "head" in cfg.protocols and not with_head:
+        raise ValueError("protocols names head, and none of the runs has a projection head: leave it out")
+    return arms + [
+        Arm(method, protocol, run, repeat)
+        for method, runs in groups.items()
+        for repeat, run in enumerate(runs)
+        for protocol in cfg.protocols
+        if protocol != "head" or run in with_head
+    ]
+
+
+def take_over_(cfg: DictConfig) -> None:
+    """Fill in what the first run decides: its data where none are given, how large images are, whether they flip."""
+    first = str(cfg.runs[0])
+    fed = read_card(first)[1]["input"]
+    cfg.load_size = cfg.load_size or fed.get("load_size") or fed["image_size"]
+    if cfg.data is None:
+        cfg.data = {**run_data(first), "size": "${load_size}"}
+    if cfg.augmentation.flip is None and never_flips(run_config(first)[1]):
+        cfg.augmentation.flip = 0.0
+    check_complete(cfg)
+
+
+# ---- the grid ----
+
+
+def cells_of(cfg: DictConfig, bench: Bench) -> list[Cell]:
+    """All cells: every arm's draws stand together, so that each so-manieth cell is a fair share of the work."""
+    return [Cell(arm, amount, seed) for arm in arms_of(cfg) for amount, seed in bench.choices]
+
+
+def kept_result(folder: Path, cell: Cell, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What a finished cell's file says; None where there is none, ValueError where it was made in another way."""
+    written = folder / cell.file
+    if not written.is_file():
+        return None
+    result: dict[str, Any] = json.loads(written.read_text())
+    differing = differing_keys(json.loads(json.dumps(asked)), result["asked"])
+    if differing:
+        raise ValueError(f"{written} was made with another {', '.join(differing)}: pass another out, or remove it")
+    return result
+
+
+def write_cell(folder: Path, cell: Cell, result: dict[str, Any]) -> None:
+    """Write a finished cell's file, whole or not at all."""
+    written = folder / cell.file
+    written.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = written.with_suffix(f".{os.getpid()}.partial")
+    partial_file.write_text(json.dumps(result) + "\n")
+    partial_file.rename(written)
+
+
+def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
+    """How long each cell should take: a few steps, or one probe, of every arm are timed where its labels are fewest.
+
+    Steps cost what they cost however many labels there are; a probe, as many times as there are labels. A support
+    vector machine's cost rises faster, and caches are filled on the way: it is an estimate.
+    """
+    seconds: dict[Cell, float] = {}
+    for arm in dict.fromkeys(cell.arm for cell in cells):
+        mine = [cell for cell in cells if cell.arm == arm]
+        smallest = min(mine, key=lambda cell: len(bench.choices[cell.amount, cell.seed].indices))
+        measure = _trial_seconds(bench, smallest)
+        for cell in mine:
+            labels = bench.choices[cell.amount, cell.seed].indices
+            folds = len(selection_parts(bench.labels[labels]))
+            trials = whole_trials(len(bench.protocol(arm, labels).settings), folds)
+            seconds[cell] = trials * measure(len(labels))
+    return seconds
+
+
+def _trial_seconds(bench: Bench, cell: Cell) -> Callable[[int], float]:
+    """Seconds of one whole trial by its number of labels."""
+    chosen = bench.choices[cell.amount, cell.seed].indices
+    protocol = bench.protocol(cell.arm, chosen)
+    few = Rows("train", chosen[:1])
+
+    def timed(share: float) -> float:
+        began = time.perf_counter()
+        protocol.predict(chosen, few, protocol.settings[0], share, 0)
+        return time.perf_counter() - began
+
+    timed(1e-9)  # what is done once: features, augmented copies
+    if isinstance(protocol, ProbeProtocol):
+        took = timed(1.0)
+        return lambda labels: took * max(1.0, labels / len(chosen))
+    steps = (protocol.first.training if isinstance(protocol, FinetuneProtocol) else protocol.training).steps  # type: ignore[attr-defined]
+    short, longer = min(1.0, 2 / steps), min(1.0, 8 / steps)
+    if longer <= short:
+        took = timed(1.0)
+        return lambda labels: took
+    rate = (timed(longer) - timed(short)) / (longer - short)
+    return lambda labels: max(rate, 0.0)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them. Example: `duration(7200)` is "2.0 h", `duration(90)` is "90 s"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, str]]:
+    """Run cells and yield each with what went wrong, "" = nothing; says what is left and for how long."""
+    planned = planned_seconds(bench, cells)
+    # one draw of everything before the next: the curve is there early
+    order = sorted(cells, key=lambda cell: cell.seed)
+    print(f"{len(order)} cells to do, planned {duration(sum(planned.values()))} in this process", flush=True)
+    took, expected = 0.0, 0.0
+    for place, cell in enumerate(order):
+        began = time.perf_counter()
+        wrong = ""
+        try:
+            result = run_cell(bench, cell)
+            write_cell(folder, cell, result)
+        except Exception as error:  # whatever it is, the other cells are worth having
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            wrong = " ".join(f"{type(error).__name__}: {error}".split())
+        took, expected = took + time.perf_counter() - began, expected + planned[cell]
+        left = sum(planned[other] for other in order[place + 1 :]) * (took / expected if expected else 1.0)
+        said = f"failed: {wrong}" if wrong else f"{result['accuracy']:.3f}"
+        rest = len(order) - place - 1
+        print(f"{cell}: {said}; {rest} {'cell' if rest == 1 else 'cells'} left{f', about {duration(left)}' if rest else ''}", flush=True)
+        yield cell, wrong
+
+
+# ---- the command ----
+
+
+def bench_of(cfg: DictConfig) -> Bench:
+    """What the configuration describes, images read."""
+    accelerator = start_accelerator(precision=cfg.precision, device=cfg.device, threads=cfg.threads)
+    splits = usable(labelled(build(cfg.data)), cfg.bad_images, cfg.workers)
+    labels, ids = splits.train.labels, sample_ids(splits.train)
+    seeds = {"seeds": cfg.seeds, "few": cfg.few, "seeds_above": cfg.seeds_above}
+    written = plain(cfg)
+    plan = Plan(
+        views=build(cfg.views),
+        cnn=partial(build, cfg.cnn),
+        **{name: written[name] for name in ("classifier", "steps", "settings", "batch_size", "encodings")},
+        **{name: written[name] for name in ("head_layer", "mode", "seed", "workers")},
+        described={name: written[name] for name in ("views", "cnn", "precision")},
+    )
+    return Bench(plan, splits, choices_of(amounts_of(cfg), labels, ids, **seeds), accelerator)
+
+
+def sweep(cfg: DictConfig) -> Path:
+    """Run what is left of this process's share of the grid; returns the folder. Exits with 1 if a cell failed."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a sweep's processes are shards: pass -m shard=0,1 shards=2, without accelerate launch")
+    check_asked(cfg)
+    take_over_(cfg)
+    out, bench = Path(cfg.out), bench_of(cfg)
+    cells, folder = cells_of(cfg, bench), out / "cells"
+    asked = {cell: bench.asked(cell) for cell in cells}
+    missing = [cell for cell in cells if kept_result(folder, cell, asked[cell]) is None]
+    mine = [cell for place, cell in enumerate(cells) if place % cfg.shards == cfg.shard and cell in set(missing)]
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(cells)} cells, {len(cells) - len(missing)} are there already")
+    about = notes(cfg, bench)
+    failed: dict[str, str] = {}
+    drawn = time.monotonic()
+    for cell, wrong in run_cells(bench, mine, folder) if mine else ():
+        failed |= {str(cell): wrong} if wrong else {}
+        if time.monotonic() > drawn + REPORT_EVERY:
+            _report(out, cells, bench, about, failed)
+            drawn = time.monotonic()
+    _report(out, cells, bench, about, failed)
+    if failed:
+        print(f"{len(failed)} of {len(mine)} cells failed: the same command tries them again", file=sys.stderr)
+        sys.exit(1)
+    return out
+
+
+def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any], failed: dict[str, str]) -> None:
+    results = read_results([out / "cells" / cell.file for cell in cells])
+    if results:
+        features = {
+            "encoded": sum(table.encoded for table in bench.tables.values()),
+            "seconds": round(sum(table.seconds for table in bench.tables.values()), 1),
+        }
+        write_report(
+            out, results, bench.test.labels, {**about, "cells": len(cells), "features": features, "failed": failed}
+        )
+
+
+def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
+    """What a reader of the report has to know about where its numbers come from."""
+    test_ids = set(sample_ids(bench.test).tolist())
+    doubles = len(test_ids & set(bench.ids.tolist()))
+    probed = [run for run in cfg.runs if (run_config(run)[1].get("probe_every") or 0) > 0]
+    said = []
+    if doubles:
+        said.append(f"{doubles} test images are among the training images, byte by byte")
+    if probed:
+        said.append(
+            "pre-training was watched by a kNN probe that uses labels of training images (log only): "
+            + ", ".join(probed)
+        )
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "runs": grouped_runs(list(cfg.runs)),
+        "train_images": len(bench.labels),
+        "test_images": len(bench.test),
+        "classes": bench.classes,
+        "torch": torch.__version__,
+        "notes": said,
+    }
+
+
+main = command("sweep_labels", sweep, schema=SweepSchema)
+
+if __name__ == "__main__":
+    main()
