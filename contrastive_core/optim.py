@@ -105,8 +105,7 @@ class Together(Optimizer):
             raise ValueError(f"{len(optimizers)} optimizers of {len(parameters)} parameters: pass some, and none twice")
         self.optimizers = list(optimizers)
         super().__init__(groups, {})
-        # Optimizer copies the groups' dictionaries: rates set here have to reach the optimizers
-        self.param_groups = groups
+        self.param_groups = groups  # the optimizers' own, so that rates set here reach them
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -122,7 +121,10 @@ class Together(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What `state_dict` gave; ValueError for another number of optimizers."""
-        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+        states = state_dict["optimizers"]
+        if len(states) != len(self.optimizers):
+            raise ValueError(f"the states of {len(states)} optimizers for {len(self.optimizers)}: pass one each")
+        for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 

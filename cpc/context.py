@@ -7,6 +7,9 @@ not the network.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,8 +74,46 @@ class ContextNetwork(nn.Module):
 
     def __init__(self, dim: int, width: int = 256, layers: int = 5) -> None:
         super().__init__()
+        self.arguments = {"dim": dim, "width": width, "layers": layers}
         self.blocks = nn.Sequential(*(ContextBlock(dim, width) for _ in range(layers)))
 
     def forward(self, latents: Tensor) -> Tensor:
         grid = rearrange(latents, "b rows cols d -> b d rows cols")
         return rearrange(F.relu(self.blocks(grid)), "b d rows cols -> b rows cols d")
+
+
+class Contexts(nn.Module):
+    """Latents with what every direction's context network says of them: `b rows cols d` -> `b rows cols (1 + n) d`.
+
+    CPC v1 reads out contexts where v2 reads out latents (van den Oord et al. 2018, section 2.1). A context sees more of
+    the image than a patch does, and each cell of the grid has one for each of the n directions.
+
+    Args:
+        networks: context networks by name.
+        context_of: for every direction the name of its network.
+
+    Attributes: `dim`, the width of what comes out.
+
+    Raises ValueError for no network, networks of unlike width, and a direction whose network there is not.
+
+    Example: of four directions the first d of the 5 d numbers are the latents.
+    """
+
+    def __init__(self, networks: nn.ModuleDict, context_of: Mapping[str, str]) -> None:
+        super().__init__()
+        widths: set[int] = {network.arguments["dim"] for network in networks.values()}  # type: ignore[index, misc]
+        unknown = [direction for direction, name in context_of.items() if name not in networks]
+        if len(widths) != 1 or unknown or not set(context_of) <= set(DIRECTIONS):
+            raise ValueError(
+                f"networks {sorted(networks)} of widths {sorted(widths)} for {dict(context_of)}: pass one width, "
+                f"and for each of {', '.join(DIRECTIONS)} the name of its network"
+            )
+        self.networks, self.context_of = networks, dict(context_of)
+        self.dim: int = (1 + len(self.context_of)) * widths.pop()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        contexts = [
+            turn_back(self.networks[name](turn(latents, direction)), direction)
+            for direction, name in self.context_of.items()
+        ]
+        return torch.cat([latents, *contexts], dim=-1)

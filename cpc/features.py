@@ -22,11 +22,12 @@ import contrastive_core.simclr_resnet
 import cpc.encoders
 from contrastive_core.heads import ProjectionHead
 from contrastive_core.methods.classifier import Classifier
+from cpc.context import ContextNetwork, Contexts
 from cpc.foreign import check_plain
 from cpc.patches import extract_patches, grid_side
 from cpc.views import normalise
 
-READOUTS = ("mean", "grid")
+READOUTS = ("mean", "grid", "context")
 MODES = ("patches", "image")
 
 
@@ -41,7 +42,9 @@ class FrozenEncoder(nn.Module):
         patch_size, stride: the grid it was trained on; None for an encoder of whole images.
         mean, std: normalisation.
         mode: "patches" encodes every patch of the grid; "image" runs the encoder over the whole image.
-        readout: "mean" gives `b d`, "grid" gives `b rows cols d` (patch grid, or the encoder's feature map).
+        readout: "mean" gives `b d`, "grid" gives `b rows cols d` (patch grid, or the encoder's feature map), "context"
+            the patch grid with its contexts, `b rows cols n d` (`cpc.context.Contexts`).
+        context: the context networks, of an encoder of patches that has them.
 
     `readout` and `mode` are plain attributes and may be changed at any time.
     """
@@ -58,9 +61,10 @@ class FrozenEncoder(nn.Module):
         stride: int | None = None,
         mode: str | None = None,
         readout: str = "mean",
+        context: Contexts | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.context = encoder, context
         self.dim: int = encoder.dim  # type: ignore[assignment]  # nn.Module types attributes as Tensor | Module
         self.image_size, self.patch_size, self.stride = image_size, patch_size, stride
         self.load_size = load_size or image_size
@@ -75,6 +79,13 @@ class FrozenEncoder(nn.Module):
             return 64
         return max(1, 2304 // grid_side(self.image_size, self.patch_size, self.stride or 1) ** 2)
 
+    @property
+    def grid_dim(self) -> int:
+        """The width of a grid's cells, as the readout stands."""
+        if self.readout == "context" and isinstance(self.context, Contexts):
+            return self.context.dim
+        return self.dim
+
     def forward(self, images: Tensor) -> Tensor:
         self._check(images)
         images = normalise(self._fit(images), self.mean, self.std)
@@ -83,6 +94,9 @@ class FrozenEncoder(nn.Module):
             patches = extract_patches(images, self.patch_size or 0, self.stride or 0)
             features = self.encoder(rearrange(patches, "b rows cols c ph pw -> (b rows cols) c ph pw"))
             grid = rearrange(features, "(b rows cols) d -> b rows cols d", rows=patches.shape[1], cols=patches.shape[2])
+            if self.readout == "context":
+                contexts: Tensor = self.context(grid)  # type: ignore[misc]  # checked
+                return contexts
             return grid if self.readout == "grid" else grid.mean((1, 2))
         if self.readout == "grid":
             return rearrange(self.encoder.feature_map(images), "b d rows cols -> b rows cols d")  # type: ignore[operator]
@@ -98,6 +112,8 @@ class FrozenEncoder(nn.Module):
             raise ValueError(f"mode={self.mode!r}, readout={self.readout!r}: pass one of {MODES} and one of {READOUTS}")
         if self.mode == "patches" and not self.patch_size:
             raise ValueError('this encoder was trained on whole images and has no patch grid: pass mode="image"')
+        if self.readout == "context" and (self.context is None or self.mode != "patches"):
+            raise ValueError('readout="context" wants the context networks of a CPC run and its patches: pass "grid"')
 
     def _fit(self, images: Tensor) -> Tensor:
         if images.shape[-2:] == (self.image_size, self.image_size):
@@ -149,7 +165,8 @@ def load_encoder(
 
     Args:
         path: the run's folder, or its `encoder.safetensors`; `encoder.json` must stand beside it.
-        readout: "mean" -> features `b d`; "grid" -> `b rows cols d`.
+        readout: "mean" -> features `b d`; "grid" -> `b rows cols d`; "context" -> the grid with the contexts of a CPC
+            run, `b rows cols n d`.
         mode: "patches" (the default where the encoder was trained on patches) or "image".
         encoder: the module to put the weights into, for an architecture that is not one of ours.
 
@@ -163,7 +180,8 @@ def load_encoder(
         features = encoder(images)
     """
     encoder, card = read_encoder(path, encoder)
-    return _frozen(encoder, card, readout, mode)
+    context = load_contexts(path) if readout == "context" else None
+    return _frozen(encoder, card, readout, mode, context)
 
 
 def read_encoder(path: str | Path, encoder: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -185,7 +203,8 @@ def untrained_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_encoder(card["architecture"])
-    return _frozen(encoder, card, readout, mode)
+        context = build_contexts(card) if readout == "context" else None
+    return _frozen(encoder, card, readout, mode, context)
 
 
 def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -228,9 +247,12 @@ def _load_weights_(module: nn.Module, weights: Path, kind: str) -> None:
         ) from None
 
 
-def _frozen(encoder: nn.Module, card: dict[str, Any], readout: str, mode: str | None) -> FrozenEncoder:
+def _frozen(
+    encoder: nn.Module, card: dict[str, Any], readout: str, mode: str | None, context: Contexts | None
+) -> FrozenEncoder:
     channels_last = encoder.to(memory_format=torch.channels_last)
-    return FrozenEncoder(channels_last, **card["input"], mode=mode, readout=readout).eval().requires_grad_(False)
+    frozen = FrozenEncoder(channels_last, **card["input"], mode=mode, readout=readout, context=context)
+    return frozen.eval().requires_grad_(False)
 
 
 # ---- what stands beside an encoder: the head that pre-training had, the classifier that fine-tuning left ----
@@ -239,12 +261,15 @@ def _frozen(encoder: nn.Module, card: dict[str, Any], readout: str, mode: str | 
 def parts_of(method: nn.Module) -> dict[str, nn.Module]:
     """What a run keeps beside its encoder, by the name of its file; perhaps nothing.
 
-    "head" is a `ProjectionHead`; "classifier" what a `Classifier` has above its encoder, of `Distill` the student's.
+    "head" is a `ProjectionHead`; "context" the `ContextNetwork`s of CPC; "classifier" what a `Classifier` has
+    above its encoder, of `Distill` the student's.
     """
     learner = getattr(method, "student", method)
     if isinstance(learner, Classifier):
         return {"classifier": nn.ModuleDict({"head": learner.head, "classifier": learner.classifier})}
-    head = getattr(learner, "head", None)
+    head, contexts = getattr(learner, "head", None), getattr(learner, "contexts", None)
+    if isinstance(contexts, nn.ModuleDict) and all(isinstance(each, ContextNetwork) for each in contexts.values()):
+        return {"context": contexts}
     return {"head": head} if isinstance(head, ProjectionHead) else {}
 
 
@@ -253,6 +278,10 @@ def parts_card(method: nn.Module, class_names: Sequence[str]) -> dict[str, Any]:
     parts = parts_of(method)
     if "classifier" in parts:
         return classifier_card(class_names) if isinstance(parts["classifier"].head, nn.Identity) else {}
+    if "context" in parts:
+        networks = {name: network.arguments for name, network in parts["context"].named_children()}
+        context_of: Any = method.context_of
+        return {"context": {"networks": networks, "context_of": dict(context_of)}}
     return {name: head.arguments for name, head in parts.items()}
 
 
@@ -278,6 +307,29 @@ def load_head(path: str | Path) -> ProjectionHead:
     head = _build_head(card["head"])
     _load_weights_(head, weights.with_name("head.safetensors"), "head")
     return head
+
+
+def build_contexts(card: dict[str, Any]) -> Contexts:
+    """The context networks that a card describes, at random weights; ValueError where it describes none, or badly."""
+    described = card.get("context")
+    if not described:
+        raise ValueError(f'this run has no context networks ({card.get("method")}): pass readout="grid"')
+    try:
+        networks = {name: ContextNetwork(**arguments) for name, arguments in described["networks"].items()}
+        return Contexts(nn.ModuleDict(networks), {d: str(described["context_of"][d]) for d in described["context_of"]})
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"encoder.json describes context networks that cannot be built: {error!r}") from error
+
+
+def load_contexts(path: str | Path) -> Contexts:
+    """Read the context networks of a CPC run back, latents `b rows cols d` -> `b rows cols n d`.
+
+    Args: `path`: as `load_encoder`'s. Raises as `load_head`.
+    """
+    weights, card = read_card(path)
+    contexts = build_contexts(card)
+    _load_weights_(contexts.networks, weights.with_name("context.safetensors"), "context networks")
+    return contexts
 
 
 def read_classifier(path: str | Path) -> tuple[Classifier, dict[str, Any]]:

@@ -29,6 +29,7 @@ from contrastive_core.methods.classifier import Classifier
 from cpc.features import (
     FrozenClassifier,
     FrozenEncoder,
+    build_contexts,
     build_encoder,
     load_encoder,
     load_head,
@@ -145,7 +146,8 @@ class Plan:
     classifier: arguments of `LatentClassifier`.
     steps, settings: by protocol; "scratch" for all networks from random weights.
     batch_size: images a step. encodings: as `LatentProtocol`'s. head_layer: of "head".
-    mode: how encoders of patches are run; None = as they were trained.
+    mode: how encoders of patches are run; None = as they were trained. readout: what is read off those of patches,
+        "grid" or "context".
     seed: of the untrained encoder. workers: processes that decode images.
     described: whatever else results depend on, by name: the configurations of views and cnn, the precision.
     """
@@ -159,6 +161,7 @@ class Plan:
     encodings: int
     head_layer: int
     mode: str | None
+    readout: str
     seed: int
     workers: int
     described: Mapping[str, Any]
@@ -187,13 +190,19 @@ class Bench:
         key = arm.run, arm.method == "random"
         if key not in self._encoders:
             read = partial(untrained_encoder, seed=self.plan.seed) if key[1] else load_encoder
-            encoder = read(arm.run, readout="grid", mode=self.mode_for(arm.run))
+            encoder = read(arm.run, readout=self.readout_for(arm.run), mode=self.mode_for(arm.run))
             self._encoders[key] = encoder.to(self.accelerator.device)
         return self._encoders[key]
 
     def mode_for(self, run: str) -> str | None:
         """`plan.mode`, but an encoder of whole images has one only."""
         return self.plan.mode if read_card(run)[1]["input"].get("patch_size") else None
+
+    def readout_for(self, run: str) -> str:
+        """`plan.readout`, but what is run on whole images, or has no context networks, has its grid only."""
+        _, card = read_card(run)
+        by_patch = card["input"].get("patch_size") and self.plan.mode != "image"
+        return self.plan.readout if by_patch and card.get("context") else "grid"
 
     def table(self, arm: Arm) -> FeatureTable:
         """Grids of latents of an arm's frozen encoder."""
@@ -250,7 +259,7 @@ class Bench:
             chosen,
             self.table(arm),
             encoder,
-            partial(self.classifier, encoder.dim),
+            partial(self.classifier, encoder.grid_dim),
             self.plan.encodings,
             settings,
         )
@@ -262,13 +271,16 @@ class Bench:
         """A network from random weights: images in [0, 1] -> logits."""
         _, card = read_card(arm.run)
         encoder = self.plan.cnn() if arm.protocol == "cnn" else build_encoder(card["architecture"])
-        mode = "patches" if arm.protocol == "patches" else "image"
-        reads = FrozenEncoder(encoder, **card["input"], mode=mode, readout="grid")
+        if arm.protocol == "patches" and self.readout_for(arm.run) == "context":
+            how: dict[str, Any] = {"mode": "patches", "readout": "context", "context": build_contexts(card)}
+        else:
+            how = {"mode": "patches" if arm.protocol == "patches" else "image", "readout": "grid"}
+        reads = FrozenEncoder(encoder, **card["input"], **how)
         if arm.protocol == "cnn":  # it ends in a mean and a linear layer, as usual
             return nn.Sequential(
                 reads, LatentClassifier(reads.dim, self.classes, blocks=0, dropout=self.plan.classifier["dropout"])
             )
-        return nn.Sequential(reads, self.classifier(reads.dim))
+        return nn.Sequential(reads, self.classifier(reads.grid_dim))
 
     def with_head(self, run: str) -> nn.Module:
         """A run's encoder with the first layers of its head and a linear layer: images in [0, 1] -> logits."""
@@ -289,6 +301,7 @@ class Bench:
             return own
         own["encoder"] = self._fingerprint(arm)
         own["mode"] = self.mode_for(arm.run) if arm.protocol not in NETWORKS else arm.protocol
+        own["readout"] = self.readout_for(arm.run)
         if arm.protocol in ("linear", "knn"):
             return own
         names = {"classifier": ["classifier"], "finetune": ["classifier", "finetune"], "head": ["head"]}

@@ -142,11 +142,12 @@ def _saving(
     right = arms.right(labels, seeds, truth)
     points: dict[int, Tensor] = {}
     for count, (_, from_scratch) in scratch.items():
-        there = from_scratch.right(count, [seed for seed in seeds if seed in from_scratch.cells[count]], truth)
-        if there is None or not there.shape[1]:
-            return None
+        drawn = sorted(from_scratch.cells[count])
         # above a tenth of the labels there may be one draw: it stands for all
-        points[count] = there[0] if there.shape[1] == len(seeds) else there[0, :1].expand(len(seeds), -1)
+        there = from_scratch.right(count, drawn if len(drawn) == 1 else seeds, truth)
+        if there is None:
+            return None
+        points[count] = there[0].expand(len(seeds), -1)
     if right is None or not points:
         return None
     if weights is not None:
@@ -237,15 +238,17 @@ def draw(path: Path, curves: Mapping[tuple[str, str], Arms], savings: Sequence[M
 
 
 def best_protocol(curves: Mapping[tuple[str, str], Arms], method: str) -> str:
-    """Of a method's protocols the one with the highest mean over the label counts that the most of them have."""
-    means = {
-        protocol: statistics.mean(statistics.mean(arms.accuracies(labels)) for labels in arms.cells)
-        for (name, protocol), arms in curves.items()
-        if name == method
-    }
-    most = max(len(curves[method, protocol].cells) for protocol in means)
-    whole = [protocol for protocol in means if len(curves[method, protocol].cells) == most]
-    return max(whole, key=lambda protocol: means[protocol])
+    """Of a method's protocols the one with the highest mean, of those with the most label counts."""
+    mine = {protocol: arms for (name, protocol), arms in curves.items() if name == method}
+    most = max(len(arms.cells) for arms in mine.values())
+    whole = {protocol: arms for protocol, arms in mine.items() if len(arms.cells) == most}
+    shared = set.intersection(*(set(arms.cells) for arms in whole.values()))
+
+    def mean(protocol: str) -> float:
+        arms = whole[protocol]
+        return statistics.mean(statistics.mean(arms.accuracies(labels)) for labels in shared or arms.cells)
+
+    return max(whole, key=mean)
 
 
 def write_report(out: Path, results: Sequence[CellResult], truth: Tensor, about: dict[str, Any]) -> None:

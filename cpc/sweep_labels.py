@@ -67,6 +67,7 @@ class SweepSchema:
     random: list[str]
     scratch: list[str]
     mode: str | None
+    readout: str
     steps: dict[str, int]
     batch_size: int
     encodings: int
@@ -119,6 +120,8 @@ def check_asked(cfg: DictConfig) -> None:
         raise ValueError(f"shard={cfg.shard} of shards={cfg.shards}: pass 0 to {cfg.shards - 1}")
     if cfg.mode is not None and cfg.mode not in MODES:
         raise ValueError(f"mode={cfg.mode}: pass one of {', '.join(MODES)}, or null")
+    if cfg.readout not in ("grid", "context"):
+        raise ValueError(f"readout={cfg.readout}: pass grid, or context for CPC's latents with their contexts")
     if cfg.precision == "fp16":
         raise ValueError("precision=fp16: pass precision=bf16 or precision=no")
     for name, steps in cfg.steps.items():
@@ -291,7 +294,8 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> Iterator[tup
         left = sum(planned[other] for other in order[place + 1 :]) * (took / expected if expected else 1.0)
         said = f"failed: {wrong}" if wrong else f"{result['accuracy']:.3f}"
         rest = len(order) - place - 1
-        print(f"{cell}: {said}; {rest} {'cell' if rest == 1 else 'cells'} left{f', about {duration(left)}' if rest else ''}", flush=True)
+        still = f"{rest} {'cell' if rest == 1 else 'cells'} left" + (f", about {duration(left)}" if rest else "")
+        print(f"{cell}: {said}; {still}", flush=True)
         yield cell, wrong
 
 
@@ -309,7 +313,7 @@ def bench_of(cfg: DictConfig) -> Bench:
         views=build(cfg.views),
         cnn=partial(build, cfg.cnn),
         **{name: written[name] for name in ("classifier", "steps", "settings", "batch_size", "encodings")},
-        **{name: written[name] for name in ("head_layer", "mode", "seed", "workers")},
+        **{name: written[name] for name in ("head_layer", "mode", "readout", "seed", "workers")},
         described={name: written[name] for name in ("views", "cnn", "precision")},
     )
     return Bench(plan, splits, choices_of(amounts_of(cfg), labels, ids, **seeds), accelerator)
@@ -364,10 +368,8 @@ def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
     if doubles:
         said.append(f"{doubles} test images are among the training images, byte by byte")
     if probed:
-        said.append(
-            "pre-training was watched by a kNN probe that uses labels of training images (log only): "
-            + ", ".join(probed)
-        )
+        watched = ", ".join(probed)
+        said.append(f"a kNN probe with labels of training images watched pre-training, for its log alone: {watched}")
     return {
         "command": " ".join(["python", *sys.argv]),
         "runs": grouped_runs(list(cfg.runs)),

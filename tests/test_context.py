@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from cpc.context import DIRECTIONS, ContextNetwork, turn, turn_back
+from cpc.context import DIRECTIONS, ContextNetwork, Contexts, turn, turn_back
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -87,3 +88,39 @@ def test_the_block_is_the_pseudo_codes():
         hidden = convolve(hidden, block.down, [(-1, 0), (0, 0)]).relu()
         expected = (latents[0] + convolve(hidden, block.grow, [(0, 0)])).relu()
         torch.testing.assert_close(network(latents)[0], expected)
+
+
+def contexts(dim=3, shared=False):
+    torch.manual_seed(0)
+    names = ["shared"] if shared else list(DIRECTIONS)
+    networks = nn.ModuleDict({name: ContextNetwork(dim, 4, 2) for name in names})
+    return Contexts(networks, {direction: "shared" if shared else direction for direction in DIRECTIONS})
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_contexts_stand_beside_their_own_cell(shared):
+    """Every direction's part of a cell depends on what that direction has read, and on nothing ahead of it."""
+    module, latents = contexts(shared=shared), torch.randn(2, 4, 5, 3)
+    out = module(latents)
+    assert out.shape == (2, 4, 5, module.dim) == (2, 4, 5, 15)
+    assert torch.equal(out[..., :3], latents)
+    for place, (direction, ahead) in enumerate(
+        [("down", (3, 2)), ("up", (0, 2)), ("right", (1, 4)), ("left", (1, 0))], start=1
+    ):
+        changed = latents.clone()
+        changed[:, ahead[0], ahead[1]] += 10
+        part = slice(3 * place, 3 * place + 3)
+        before = {"down": (2, 2), "up": (1, 2), "right": (1, 3), "left": (1, 1)}[direction]
+        after = module(changed)
+        assert torch.equal(after[:, before[0], before[1], part], out[:, before[0], before[1], part]), direction
+        assert not torch.allclose(after[:, ahead[0], ahead[1], part], out[:, ahead[0], ahead[1], part]), direction
+
+
+@pytest.mark.parametrize(
+    ("widths", "context_of"),
+    [({}, {}), ({"a": 3, "b": 4}, {"down": "a"}), ({"a": 3}, {"down": "b"}), ({"a": 3}, {"sideways": "a"})],
+)
+def test_contexts_that_do_not_fit_are_named(widths, context_of):
+    networks = nn.ModuleDict({name: ContextNetwork(dim, 4, 1) for name, dim in widths.items()})
+    with pytest.raises(ValueError, match="pass one width, and for each of down, up, right, left"):
+        Contexts(networks, context_of)

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet50 as torchvision_resnet50
 
+from contrastive_core import encoders
 from contrastive_core.checkpoint import export_encoder
-from contrastive_core.encoders import MoCoViT, TimmTrunk, TorchvisionTrunk, sincos_positions
+from contrastive_core.encoders import ENCODERS, MoCoViT, SmallCNN, TimmTrunk, TorchvisionTrunk, sincos_positions
 from contrastive_core.simclr_resnet import Bottleneck, PairMean, SelectiveKernel, SimCLRResNet, simclr_resnet
 from cpc.encoders import ChannelNorm, PatchResNet, normalisation, resnet50, resnet101_v1, resnet161, resnet_small
 from cpc.features import build_encoder, load_encoder, untrained_encoder
@@ -542,12 +543,58 @@ def test_timm_may_be_missing(monkeypatch, build):
         build()
 
 
+# --- the small convolutional network
+
+
+@pytest.mark.parametrize(
+    ("widths", "pixels", "side"),
+    [((32, 64, 128, 128), 32, 4), ((32, 64, 128, 128), 28, 3), ((5,), 9, 9), ((4, 6), 9, 4), ((3, 4, 5), 16, 4)],
+)
+def test_small_cnns_halve_behind_every_convolution_but_the_first(widths, pixels, side):
+    encoder = SmallCNN(widths)
+    images = torch.rand(2, 3, pixels, pixels)
+    maps = encoder.feature_map(images)
+    assert maps.shape == (2, widths[-1], side, side)
+    assert maps.min() >= 0
+    assert encoder.dim == widths[-1]
+    assert [layer.weight.shape for layer in convolutions(encoder)] == [
+        (outer, inner, 3, 3) for inner, outer in itertools.pairwise([3, *widths])
+    ]
+
+
+def test_a_small_cnns_features_are_the_mean_of_its_map():
+    encoder, images = SmallCNN().eval(), torch.rand(2, 3, 32, 24)
+    torch.testing.assert_close(encoder(images), encoder.feature_map(images).mean((2, 3)))
+    assert encoder(images).shape == (2, 128) == (2, encoder.dim)
+
+
+def test_a_small_cnn_of_one_width_in_closed_form():
+    """A convolution that looks at its own pixel alone, BatchNorm at its start and a ReLU: the mean of what is left."""
+    encoder, images = SmallCNN([3]).double().eval(), torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        convolutions(encoder)[0].weight.zero_()[:, :, 1, 1] = torch.eye(3)
+    torch.testing.assert_close(encoder(images), images.clamp(min=0).mean((2, 3)), rtol=1e-5, atol=0)
+
+
+def test_every_parameter_of_a_small_cnn_learns():
+    encoder = SmallCNN([4, 6, 8])
+    encoder(torch.rand(4, 3, 16, 16)).square().sum().backward()
+    assert not [name for name, parameter in encoder.named_parameters() if not parameter.grad.abs().sum() > 0]
+
+
+@pytest.mark.parametrize("widths", [[], ()])
+def test_a_small_cnn_of_no_widths_is_refused(widths):
+    with pytest.raises(ValueError, match=r"^widths=\[\]: pass the channels of one convolution or more$"):
+        SmallCNN(widths)
+
+
 # --- written down and read back
 
 ROUND_TRIPS = {
     "contrastive_core.simclr_resnet.SimCLRResNet": {"blocks": [1, 1], "filters": 8, "sk": True, "stem": "cifar"},
     "contrastive_core.encoders.TorchvisionTrunk": {"name": "resnet18", "node": "layer2", "small_stem": True},
     "contrastive_core.encoders.MoCoViT": {"image_size": 16, "patch_size": 4, "dim": 24, "depth": 1, "heads": 3},
+    "contrastive_core.encoders.SmallCNN": {"widths": [4, 8]},
 }
 
 
@@ -572,3 +619,8 @@ def test_a_card_may_name_simclrs_networks():
     with torch.device("meta"):
         architecture = {"name": "contrastive_core.simclr_resnet.simclr_resnet", "arguments": {"depth": 101, "width": 2}}
         assert build_encoder(architecture).dim == 4096
+
+
+def test_all_encoders_that_a_card_may_name_are_there():
+    assert "SmallCNN" in ENCODERS
+    assert all(hasattr(encoders, name) for name in ENCODERS)

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from contrastive_core.augment import (
     CentreFit,
     ColourJitter,
+    ElasticDeformation,
     GaussianBlur,
     GaussianNoise,
     JigsawViews,
+    RandomAffine,
     RandomCrop,
     RandomFlip,
     RandomGrey,
@@ -420,6 +422,62 @@ def test_digits_keep_their_side_and_colour() -> None:
     assert ((cut - images).abs() < 1e-5).flatten(1).float().mean() > 0.9
 
 
+def test_labelled_pictures_are_flipped_and_moved_and_nothing_else() -> None:
+    assert [type(step) for step in views.labelled()] == [RandomFlip, RandomAffine, ElasticDeformation]
+    assert [type(step) for step in views.labelled(flip=0.0)] == [RandomAffine, ElasticDeformation]
+    assert [step.probability for step in views.labelled()] == [0.5, 1.0, 0.5]
+    assert views.labelled(flip=0.3)[0].probability == 0.3
+    for strength, s in ((None, 1.0), (0.5, 0.5), (2.0, 2.0)):
+        _, moved, deformed = views.labelled(strength=strength)
+        assert (moved.degrees, moved.translate, moved.shear) == pytest.approx((15 * s, 0.1 * s, 10 * s))
+        assert moved.scale == pytest.approx((0.85**s, 0.85**-s))
+        assert (deformed.amplitude, deformed.of_side) == (pytest.approx(0.08 * s), True)
+        assert moved.fill is deformed.fill is None, "reflected"
+
+
+@pytest.mark.parametrize("size", [(28, 28), (40, 36)])
+def test_labelled_pictures_keep_their_size_range_and_colours(size: tuple[int, int]) -> None:
+    pictures = torch.stack([photograph(*size, seed=seed) for seed in range(50)])
+    seen = run(views.labelled(strength=2.0), pictures)
+    assert seen.shape == pictures.shape
+    assert 0 <= seen.min() < seen.max() <= 1
+    assert (seen.amin((2, 3)) >= pictures.amin((2, 3)) - 1e-5).all(), "no margin comes in from outside"
+    grey = run(views.labelled(), pictures.mean(1, keepdim=True).expand(-1, 3, -1, -1))
+    assert torch.equal(grey[:, 0], grey[:, 1])
+    assert torch.equal(grey[:, 0], grey[:, 2])
+    white = torch.ones(50, 3, *size)
+    torch.testing.assert_close(run(views.labelled(), white), white)
+
+
+def test_labelled_views_are_the_same_for_the_same_numbers_and_otherwise_others() -> None:
+    pictures = photograph().expand(30, 3, SIZE, SIZE)
+    seen, again, later = (run(views.labelled(), pictures, step) for step in (0, 0, 1))
+    assert torch.equal(seen, again)
+    assert (seen != later).flatten(1).any(1).all()
+    assert (seen[0] != seen[1:]).flatten(1).any(1).all(), "every image has numbers of its own"
+
+
+def test_without_strength_labelled_pictures_are_flipped_or_as_they_were() -> None:
+    pictures = photograph().expand(200, 3, SIZE, SIZE)
+    torch.testing.assert_close(run(views.labelled(flip=0.0, strength=0.0), pictures), pictures, rtol=0, atol=1e-4)
+    seen = run(views.labelled(strength=0.0), pictures)
+    same, mirrored = ((seen - other).abs().flatten(1).amax(1) < 1e-4 for other in (pictures, pictures.flip(3)))
+    assert (same != mirrored).all()
+    assert 70 < int(mirrored.sum()) < 130  # half of 200, four deviations of 7
+    assert not [step for step in views.labelled(flip=0.0) if isinstance(step, RandomFlip)]
+
+
+def test_a_labelled_stroke_without_flips_stays_on_its_side() -> None:
+    images = torch.zeros(300, 3, 28, 28)
+    images[:, :, 6:22, 8:12] = 1.0  # left of the middle
+    shares = []
+    for flip in (0.0, None):
+        seen = run(views.labelled(flip=flip), images)
+        shares.append((seen[..., :14].sum((1, 2, 3)) > seen[..., 14:].sum((1, 2, 3))).float().mean().item())
+    assert shares[0] > 0.9
+    assert 0.35 < shares[1] < 0.65
+
+
 @pytest.mark.parametrize(
     ("names", "types"),
     [
@@ -678,6 +736,21 @@ def test_pirls_recipe_is_the_authors(recipe: Callable[..., nn.Module]) -> None:
     expected = JigsawViews(views.pirl(SIZE), views.pirl(None), image_size=SIZE, **PLAIN)(images, randomness(16))
     for ours, theirs in zip(recipe("pirl")(images, randomness(16)), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("overrides", "flip"), [([], None), (["augmentation.flip=0"], 0.0)])
+def test_labelleds_recipe_is_one_view_and_flips_as_told(
+    overrides: list[str], flip: float | None, recipe: Callable[..., nn.Module]
+) -> None:
+    images = torch.stack([photograph(seed=seed) for seed in range(16)])
+    module = recipe("labelled", *overrides)
+    (seen,) = module(images, randomness(16))
+    (expected,) = Views([views.labelled(flip=flip)], image_size=SIZE, **PLAIN)(images, randomness(16))
+    assert torch.equal(seen, expected)
+    (alone,) = module(images[7:8], Randomness(0, 0, torch.tensor([7])))
+    assert torch.equal(alone, seen[7:8])
+    (on_a_device,) = module(torch.empty(16, 3, SIZE, SIZE, device="meta"), randomness(16))
+    assert on_a_device.is_meta
 
 
 @each_recipe

@@ -1,6 +1,7 @@
 """Encoders written down and read back: the same features, and one clear line where something is wrong."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,18 @@ from torch import nn
 import cpc
 from contrastive_core.checkpoint import export_encoder
 from contrastive_core.encoders import TorchvisionTrunk
+from cpc.context import ContextNetwork
 from cpc.encoders import resnet_small
-from cpc.features import FrozenEncoder, build_encoder, constructors, load_encoder, untrained_encoder
+from cpc.features import (
+    FrozenEncoder,
+    build_encoder,
+    constructors,
+    load_encoder,
+    parts_card,
+    parts_of,
+    untrained_encoder,
+)
+from cpc.method import CPC
 from cpc.patches import extract_patches
 from cpc.views import normalise
 
@@ -260,3 +271,52 @@ def test_things_are_as_large_as_in_training():
     pixels[:, :, 4:44, 4:44] = 1  # the middle 40 of 48 px become the 20 of 24 that are kept
     torch.testing.assert_close(encoder(pixels), torch.ones(1, 3), rtol=0, atol=4e-2)  # the border is blurred
     assert encoder(torch.zeros(1, 3, 20, 20)).sum() == 0
+
+
+@pytest.fixture
+def cpc_run(tmp_path):
+    """A CPC run's exports, contexts included, and the method they are of."""
+    torch.manual_seed(1)
+    method = CPC(trained(), offsets=[1], context=partial(ContextNetwork, width=4, layers=1), target_dim=4)
+    card = CARD | parts_card(method, [])
+    export_encoder(tmp_path, method.encoder, card, parts_of(method))
+    return tmp_path, method
+
+
+def test_a_cpc_runs_contexts_are_read_back(cpc_run):
+    folder, method = cpc_run
+    encoder = load_encoder(folder, readout="context")
+    grid, both = load_encoder(folder, readout="grid")(images()), encoder(images())
+    assert encoder.grid_dim == 5 * encoder.dim == both.shape[-1] == 40
+    assert torch.equal(both[..., :8], grid)
+    assert torch.equal(both[..., 8:16], method.contexts["down"](grid))
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    encoder.readout = "grid"
+    assert encoder.grid_dim == 8
+    untrained = untrained_encoder(folder, readout="context")
+    assert torch.equal(untrained(images()), untrained_encoder(folder, readout="context")(images()))
+    assert not torch.allclose(untrained(images()), both)
+
+
+def test_contexts_that_there_are_not_are_named(cpc_run):
+    folder, _ = cpc_run
+    encoder = load_encoder(folder, readout="context", mode="image")
+    with pytest.raises(ValueError, match='readout="context" wants the context networks of a CPC run and its patches'):
+        encoder(images())
+    (folder / "context.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no context\.safetensors"):
+        load_encoder(folder, readout="context")
+    export_encoder(folder, trained(), CARD)  # as of another method
+    with pytest.raises(ValueError, match=r'has no context networks \(CPC\): pass readout="grid"'):
+        load_encoder(folder, readout="context")
+
+
+@pytest.mark.parametrize(
+    "described", [{"networks": {}}, {"networks": {"a": {"dim": 8}}, "context_of": {"down": "b"}}, {"networks": 3}]
+)
+def test_a_card_of_contexts_that_cannot_be_is_named(cpc_run, described):
+    folder, _ = cpc_run
+    card = json.loads((folder / "encoder.json").read_text())
+    (folder / "encoder.json").write_text(json.dumps(card | {"context": described}))
+    with pytest.raises(ValueError, match="context networks"):
+        load_encoder(folder, readout="context")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from contrastive_core.data import (
     ImageDataset,
+    LabelAmount,
     label_fraction,
     labels_listed,
     labels_per_class,
@@ -142,6 +143,75 @@ def test_the_fraction_that_an_error_names_can_be_had(classes, labelled):
 def test_counts_that_cannot_be_had(count):
     with pytest.raises(ValueError, match=f"{count} labels a class, the rarest of 2 classes has 3: pass 1 to 3"):
         labels_per_class(torch.tensor([0, 0, 0, 1, 1, 1, 1, -1]), count)
+
+
+@pytest.mark.parametrize(
+    ("amount", "said"),
+    [
+        (LabelAmount("labels", 40), "labels=40"),
+        (LabelAmount("labels", 40.0), "labels=40"),
+        (LabelAmount("labels_per_class", 3), "labels_per_class=3"),
+        (LabelAmount("fraction", 0.01), "fraction=0.01"),
+        (LabelAmount("fraction", 1), "fraction=1"),
+    ],
+)
+def test_amounts_and_how_they_are_said(amount, said):
+    assert str(amount) == said
+
+
+def test_an_amount_of_each_kind_by_hand():
+    labels = torch.tensor([0, 0, 1, 1, -1])
+    assert LabelAmount("labels", 4).choose(labels).tolist() == [0, 1, 2, 3]
+    assert per_class(labels, LabelAmount("labels", 2).choose(labels)) == [1, 1]
+    assert per_class(labels, LabelAmount("labels_per_class", 2).choose(labels)) == [2, 2]
+    assert per_class(labels, LabelAmount("fraction", 0.5).choose(labels)) == [1, 1]
+
+
+def test_amounts_of_all_kinds_lie_inside_one_another():
+    """One order for all kinds, whatever the seed and the identities: the same images come first."""
+    labels, ids = torch.arange(5).repeat(40), torch.randint(1 << 62, (200,), generator=torch.Generator().manual_seed(3))
+    ladder = [
+        LabelAmount("labels_per_class", 1),
+        LabelAmount("labels", 10),
+        LabelAmount("fraction", 0.1),
+        LabelAmount("labels_per_class", 7),
+        LabelAmount("labels", 50.0),
+        LabelAmount("fraction", 1.0),
+    ]
+    seen = set()
+    for options in ({}, {"seed": 4}, {"seed": 4, "ids": ids}):
+        choices = [set(amount.choose(labels, **options).tolist()) for amount in ladder]
+        assert [len(choice) for choice in choices] == [5, 10, 20, 35, 50, 200]
+        assert all(small < large for small, large in itertools.pairwise(choices))
+        seen.add(frozenset(choices[1]))
+    assert len(seen) == 3, "seed and identities both matter"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("labels", 7, "labels=7 for 2 classes: pass a multiple, 6 or 8"),
+        ("labels", 1, "labels=1 for 2 classes: pass a multiple, 2 or 4"),
+        ("labels", 0, "labels=0 for 2 classes: pass a multiple, 2 or 4"),
+        ("labels", -2, "labels=-2 for 2 classes: pass a multiple, 2 or 4"),
+        ("labels", 2.5, "labels=2.5: pass fraction=F, or whole numbers as labels=N or labels_per_class=N"),
+        ("labels_per_class", 0.5, "labels_per_class=0.5: pass fraction=F, or whole numbers"),
+        ("share", 0.5, "share=0.5: pass fraction=F, or whole numbers"),
+        ("labels", 8, "4 labels a class, the rarest of 2 classes has 3: pass 1 to 3"),
+        ("labels_per_class", 4, "4 labels a class, the rarest of 2 classes has 3: pass 1 to 3"),
+        ("labels_per_class", 0, "0 labels a class, the rarest of 2 classes has 3: pass 1 to 3"),
+        ("fraction", 1.5, r"fraction 1\.5: pass a share of the labelled images above 0 and at most 1"),
+    ],
+)
+def test_amounts_that_cannot_be_had(kind, value, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        LabelAmount(kind, value).choose(torch.tensor([0, 0, 0, 1, 1, 1, 1, -1]))
+
+
+@pytest.mark.parametrize("amount", [LabelAmount("labels", 2), LabelAmount("fraction", 0.5)])
+def test_no_amount_can_be_had_of_no_labels(amount):
+    with pytest.raises(ValueError, match="none of 2 images has a label"):
+        amount.choose(torch.tensor([-1, -1]))
 
 
 def dataset(bad=()):

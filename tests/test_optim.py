@@ -1,5 +1,6 @@
 """Learning rates, groups, LARS and moving averages: closed forms, steps by hand, and timm's LARS."""
 
+import copy
 import math
 import re
 from functools import partial
@@ -14,6 +15,7 @@ from contrastive_core.checkpoint import load_checkpoint_, save_checkpoint
 from contrastive_core.momentum import cosine_momentum, ema_update_, polyak_decay, teacher_of
 from contrastive_core.optim import (
     LARS,
+    Together,
     constant,
     linear_scaling,
     parameter_groups,
@@ -456,6 +458,91 @@ def test_lars_lowers_a_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+# ---- several optimizers as one ----
+
+
+def halves():
+    """CPC v2's two: a classifier for SGD with momentum, in two groups, and an encoder for Adam."""
+    module = siamese()
+    classifier = torch.optim.SGD(parameter_groups(module["predictor"]), lr=0.1, momentum=0.9, weight_decay=0.01)
+    rest = [*module["encoder"].parameters(), *module["predictors"].parameters()]
+    return module, [classifier, torch.optim.Adam(rest, lr=1e-2)]
+
+
+def forward_and_backward(module, step):
+    images = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+    module["predictors"](module["predictor"](module["encoder"](images))).square().mean().backward()
+
+
+def test_together_is_each_by_itself_to_the_last_bit():
+    (module, both), (alone, optimizers) = halves(), halves()
+    together = Together(both)
+    for step in range(4):
+        before = [p.detach().clone() for p in module.parameters()]
+        for net in (module, alone):
+            forward_and_backward(net, step)
+        together.step()
+        together.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(torch.equal(p, q) for p, q in zip(module.parameters(), alone.parameters(), strict=True))
+        assert all(p.grad is None for p in module.parameters())
+        moved = {name for (name, p), q in zip(module.named_parameters(), before, strict=True) if not torch.equal(p, q)}
+        assert moved == {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+def test_one_rate_reaches_both():
+    module, optimizers = halves()
+    together = Together(optimizers)
+    for factor in (0.5, 0.0, 0.25):
+        assert set_learning_rate_(together, factor) == pytest.approx(0.1 * factor)
+        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        assert rates == [pytest.approx([0.1 * factor] * 2), pytest.approx([1e-2 * factor])]
+    set_learning_rate_(together, 0.0)
+    before = [p.detach().clone() for p in module.parameters()]
+    forward_and_backward(module, 0)
+    together.step()
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
+
+
+def test_together_goes_on_from_its_state_and_its_rates_still_reach_both():
+    def train(module, together, steps):
+        for step in steps:
+            set_learning_rate_(together, 1 / (1 + step))
+            forward_and_backward(module, step)
+            together.step()
+            together.zero_grad()
+        return [p.detach().clone() for p in module.parameters()]
+
+    module, optimizers = halves()
+    together = Together(optimizers)
+    train(module, together, range(3))
+    weights, state = copy.deepcopy((module.state_dict(), together.state_dict()))
+    resumed, its_optimizers = halves()
+    its_together = Together(its_optimizers)
+    resumed.load_state_dict(weights)
+    its_together.load_state_dict(state)
+    for a, b in zip(train(module, together, range(3, 6)), train(resumed, its_together, range(3, 6)), strict=True):
+        assert torch.equal(a, b)
+    assert [group["lr"] for optimizer in its_optimizers for group in optimizer.param_groups] == pytest.approx(
+        [0.1 / 6, 0.1 / 6, 1e-2 / 6]
+    )
+
+
+def test_what_together_cannot_take_is_named():
+    with pytest.raises(ValueError, match=r"^0 optimizers of 0 parameters: pass some, and none twice$"):
+        Together([])
+    shared, own = parameter(1, 2), parameter(3)
+    with pytest.raises(ValueError, match=r"^2 optimizers of 3 parameters: pass some, and none twice$"):
+        Together([torch.optim.SGD([shared], 0.1), torch.optim.Adam([own, shared], 0.1)])
+    together = Together([torch.optim.SGD([shared], 0.1), torch.optim.Adam([own], 0.1)])
+    with pytest.raises(ValueError, match="cannot share a closure: call backward before step"):
+        together.step(lambda: 0.0)
+    with pytest.raises(ValueError, match="the states of 1 optimizers for 2: pass one each"):
+        together.load_state_dict(Together([torch.optim.SGD([shared], 0.1)]).state_dict())
 
 
 # ---- moving averages ----

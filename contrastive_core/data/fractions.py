@@ -77,7 +77,8 @@ class LabelAmount(NamedTuple):
     value: float
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}"
+        whole = math.isfinite(self.value) and self.value == int(self.value)
+        return f"{self.kind}={int(self.value) if whole else self.value}"
 
     def choose(self, labels: Tensor, *, seed: int = 0, ids: Tensor | None = None) -> Tensor:
         """The images that keep their labels: sorted indices, int64. All kinds follow one order (`label_fraction`).
@@ -88,7 +89,7 @@ class LabelAmount(NamedTuple):
         """
         if self.kind == "fraction":
             return label_fraction(labels, self.value, seed=seed, ids=ids)
-        if self.kind not in ("labels", "labels_per_class") or self.value != int(self.value):
+        if self.kind not in ("labels", "labels_per_class") or not float(self.value).is_integer():
             raise ValueError(f"{self}: pass fraction=F, or whole numbers as labels=N or labels_per_class=N")
         count = int(self.value)
         if self.kind == "labels_per_class":

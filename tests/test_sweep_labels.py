@@ -1,0 +1,470 @@
+"""A label sweep from its configuration and from the command line: what each cell sees, and that none is done twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import hydra
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import cpc.sweep_labels
+from contrastive_core.data import ImageDataset, LabelAmount, Splits, mnist5k, sample_ids
+from contrastive_core.evaluate.selection import choose_setting
+from cpc import label_bench
+from cpc.configs import config_folder
+from cpc.label_bench import Arm, Cell, choices_of, usable
+from cpc.pretrain import pretrain
+from cpc.sweep_labels import bench_of, cells_of, check_asked, duration, grouped_runs, planned_seconds, sweep, take_over_
+
+pytestmark = pytest.mark.usefixtures("as_a_new_process")
+
+SMALL = ["threads=1", "device=cpu", "cnn.widths=[4,4]", "classifier.width=4", "encodings=40", "batch_size=10"]
+STEPS = ["steps.classifier=2", "steps.finetune=1"]
+"""Of few steps: what these networks learn is nobody's business here."""
+
+
+def composed(name, *overrides):
+    with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+def pretrained(folder, name, *overrides):
+    tiny = ["batch_size=8", "threads=1", "device=cpu", "probe_every=0", "encoder.width=4", f"run_dir={folder}"]
+    return pretrain(composed(name, *tiny, *overrides))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two CPC runs that differ in the seed, and a SimCLR run with a head; one step each."""
+    folder = tmp_path_factory.mktemp("runs")
+    small = ["steps=1", "method.context.width=8", "method.context.layers=1"]
+    cpc_runs = [pretrained(folder / f"cpc{seed}", "pretrain_cpc", *small, f"seed={seed}") for seed in (0, 1)]
+    return [*cpc_runs, pretrained(folder / "simclr", "pretrain", "steps=1", "method=simclr", "probe_every=5")]
+
+
+@pytest.fixture
+def configured(runs, tmp_path):
+    """`configured("labels=[20]")`: the configuration of a small sweep, the first run's data read."""
+
+    def cfg(*overrides, use=slice(0, 1), out="out"):
+        folders = ",".join(map(str, runs[use]))
+        cfg = composed("sweep_labels", f"runs=[{folders}]", f"out={tmp_path / out}", *SMALL, *STEPS, *overrides)
+        return cfg
+
+    return cfg
+
+
+@pytest.fixture
+def bench(configured):
+    """`bench("labels=[20]")`: what its cells share."""
+
+    def made(*overrides, **options):
+        cfg = configured(*overrides, **options)
+        check_asked(cfg)
+        take_over_(cfg)
+        return bench_of(cfg)
+
+    return made
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted((folder / "cells").rglob("*.json"))}
+
+
+# ---- the whole ----
+
+
+@pytest.fixture(scope="module")
+def swept(runs, tmp_path_factory):
+    """A sweep with every protocol and every kind of first weights, in its folder."""
+    out = tmp_path_factory.mktemp("sweep")
+    few = ["labels=[20]", "fractions=[0.0025]", "seeds=2", "random=[knn]"]
+    protocols = "protocols=[linear,knn,classifier,finetune,head]"
+    cfg = composed("sweep_labels", f"runs=[{','.join(map(str, runs))}]", f"out={out}", *SMALL, *STEPS, *few, protocols)
+    return sweep(cfg)
+
+
+def test_every_arm_has_a_cell_for_every_choice_of_labels(swept, runs):
+    with (swept / "label_efficiency.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    arms = {(row["method"], row["protocol"], row["repeat"]) for row in rows}
+    assert {protocol for method, protocol, _ in arms if method == "scratch"} == {
+        "logistic", "svm", "cnn", "image", "patches"
+    }  # fmt: skip
+    assert {(protocol, repeat) for method, protocol, repeat in arms if method == "CPC"} == {
+        (protocol, repeat) for protocol in ("linear", "knn", "classifier", "finetune") for repeat in "01"
+    }
+    assert {protocol for method, protocol, _ in arms if method == "SimCLR"} == {
+        "linear", "knn", "classifier", "finetune", "head"
+    }  # fmt: skip
+    assert ("random", "knn", "0") in arms
+    assert len(rows) == len(arms) * 4
+    assert {(row["amount"], row["labels"], row["seed"]) for row in rows} == {
+        (amount, labels, seed) for amount, labels in (("labels=20", "20"), ("fraction=0.0025", "10")) for seed in "01"
+    }
+    assert list(rows[0])[:8] == ["method", "protocol", "repeat", "amount", "labels", "fraction", "seed", "split"]
+
+
+def test_the_same_labels_for_every_arm_and_their_digest_beside_them(swept):
+    with (swept / "label_efficiency.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    splits = {}
+    for row in rows:
+        splits.setdefault((row["amount"], row["seed"]), set()).add(row["split"])
+    assert all(len(digests) == 1 for digests in splits.values())
+    assert "4992e15463e9" in splits["labels=20", "0"], "two labels a class, as tools/finetune.py chooses them"
+    assert all(digest in (swept / "report.md").read_text() for digests in splits.values() for digest in digests)
+
+
+def test_the_summary_says_what_is_saved_and_what_is_not_known(swept, runs):
+    summary = json.loads((swept / "summary.json").read_text())
+    saved = {(row["method"], row["protocol"], row["labels"], row["against"]) for row in summary["savings"]}
+    assert ("CPC", "finetune", 20, "best from scratch") in saved
+    assert ("CPC", "linear", 10, "same network from scratch") in saved
+    assert {row["runs"] for row in summary["savings"] if row["method"] == "CPC"} == {2}
+    report = (swept / "report.md").read_text()
+    assert "one pre-training run of SimCLR" in report
+    assert "one pre-training run of CPC" not in report
+    assert f"a kNN probe with labels of training images watched pre-training, for its log alone: {runs[2]}" in report
+    assert summary["features"]["encoded"] > 0
+    assert (swept / "label_efficiency.png").stat().st_size > 1000
+
+
+def test_a_second_time_nothing_is_done_again(swept, runs, capsys):
+    before = files(swept)
+    few = ["labels=[20]", "fractions=[0.0025]", "seeds=2", "random=[knn]"]
+    protocols = "protocols=[linear,knn,classifier,finetune,head]"
+    folders = ",".join(map(str, runs))
+    sweep(composed("sweep_labels", f"runs=[{folders}]", f"out={swept}", *SMALL, *STEPS, *few, protocols))
+    assert files(swept) == before
+    assert f"{len(before)} cells, {len(before)} are there already" in capsys.readouterr().out
+
+
+# ---- going on ----
+
+QUICK = ["labels=[20,40]", "seeds=2", "scratch=[logistic]", "random=[]", "protocols=[linear]"]
+
+
+def test_a_killed_sweep_does_only_what_is_missing(configured, tmp_path, monkeypatch):
+    sweep(configured(*QUICK, out="whole"))
+    done = []
+
+    def stopped(bench, cell):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(cell)
+        return label_bench.run_cell(bench, cell)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpc.sweep_labels, "run_cell", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(configured(*QUICK))
+    before = files(tmp_path / "out")
+    assert len(before) == 3
+    sweep(configured(*QUICK))
+    after = files(tmp_path / "out")
+    assert {path: after[path] for path in before} == before
+    assert len(after) == 8
+
+    def told(folder):
+        cells = [json.loads(path.read_text()) for path in files(tmp_path / folder)]
+        return [{name: value for name, value in cell.items() if name != "seconds"} for cell in cells]
+
+    assert told("out") == told("whole")
+
+
+def test_a_cell_that_breaks_is_told_and_does_not_stop_the_rest(configured, tmp_path, monkeypatch, capsys):
+    def broken(bench, cell):
+        if cell.arm.protocol == "linear" and cell.seed == 1:
+            raise RuntimeError("out of\nluck")
+        return label_bench.run_cell(bench, cell)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpc.sweep_labels, "run_cell", broken)
+        with pytest.raises(SystemExit) as stopped:
+            sweep(configured(*QUICK))
+    assert stopped.value.code == 1
+    told = capsys.readouterr()
+    assert "CPC linear: labels=40, seed 1: failed: RuntimeError: out of luck; 0 cells left" in told.out
+    assert "2 of 8 cells failed: the same command tries them again" in told.err
+    report = tmp_path / "out/report.md"
+    assert "failed: CPC linear: labels=20, seed 1: RuntimeError: out of luck" in report.read_text()
+    assert len(files(tmp_path / "out")) == 6
+    sweep(configured(*QUICK))
+    assert len(files(tmp_path / "out")) == 8
+    assert "failed" not in report.read_text()
+
+
+def test_cells_of_another_making_are_refused(configured, tmp_path):
+    sweep(configured(*QUICK))
+    before = files(tmp_path / "out")
+    with pytest.raises(ValueError, match="was made with another settings: pass another out, or remove it"):
+        sweep(configured(*QUICK, "settings.linear=[{cells:1}]"))
+    with pytest.raises(ValueError, match="was made with another encoder"):
+        sweep(configured(*QUICK, use=slice(1, 2)))
+    assert files(tmp_path / "out") == before
+    sweep(configured(*QUICK, "steps.classifier=7", "seeds=3"))  # nothing that these cells depend on
+    assert len(files(tmp_path / "out")) == 12
+
+
+def test_shards_share_the_cells_and_either_draws_the_curve(configured, tmp_path):
+    sweep(configured(*QUICK, "shards=2", "shard=1"))
+    first = files(tmp_path / "out")
+    assert len(first) == 4
+    assert len({path.parent for path in first}) == 2, "of every arm half"
+    sweep(configured(*QUICK, "shards=2", "shard=0"))
+    assert len(files(tmp_path / "out")) == 8
+    assert json.loads((tmp_path / "out/summary.json").read_text())["savings"]
+
+
+# ---- what a cell sees ----
+
+
+class Watched:
+    """A protocol that notes what it is asked."""
+
+    def __init__(self, protocol):
+        self.protocol, self.settings, self.asked = protocol, protocol.settings, []
+
+    def predict(self, fit, at, setting, share, seed):
+        self.asked.append((fit, at, share))
+        return self.protocol.predict(fit, at, setting, share, seed)
+
+
+ALL = [
+    ("scratch", "logistic"), ("scratch", "cnn"), ("scratch", "image"), ("scratch", "patches"), ("CPC", "linear"),
+    ("CPC", "knn"), ("CPC", "classifier"), ("CPC", "finetune"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "protocol"), ALL)
+def test_test_images_are_looked_at_once_at_the_end(bench, runs, monkeypatch, method, protocol):
+    two = "settings.scratch=[{lr:1e-3,weight_decay:0.0},{lr:2e-3,weight_decay:0.0}]"
+    made = bench("labels=[20]", "seeds=1", two)
+    cell = Cell(Arm(method, protocol, str(runs[0])), LabelAmount("labels", 20), 0)
+    chosen = set(made.choices[cell.amount, 0].indices.tolist())
+    watched = Watched(made.protocol(cell.arm, made.choices[cell.amount, 0].indices))
+    monkeypatch.setattr(made, "protocol", lambda arm, indices: watched)
+    label_bench.run_cell(made, cell)
+    assert all(set(fit.tolist()) <= chosen for fit, _, _ in watched.asked)
+    *trials, last = watched.asked
+    assert last[1].part == "test"
+    assert set(last[0].tolist()) == chosen, "and what was held out counts as labels"
+    for fit, at, _ in trials:
+        assert at.part == "train"
+        assert set(at.indices.tolist()) <= chosen - set(fit.tolist())
+    assert bool(trials) == (len(watched.settings) > 1)
+
+
+@pytest.mark.parametrize(("method", "protocol"), ALL)
+def test_no_other_label_has_a_say(bench, runs, method, protocol):
+    made = bench("labels=[20]", "seeds=1")
+    cell = Cell(Arm(method, protocol, str(runs[0])), LabelAmount("labels", 20), 0)
+    before = label_bench.run_cell(made, cell)["predictions"]
+    chosen = made.choices[cell.amount, 0].indices
+    others = torch.ones(len(made.labels), dtype=torch.bool)
+    others[chosen] = False
+    made.splits.train.labels[others] = made.labels[others].flip(0)
+    try:
+        assert label_bench.run_cell(made, cell)["predictions"] == before
+    finally:
+        made.splits.train.labels[others] = made.labels[others].flip(0)
+
+
+@pytest.mark.parametrize("protocol", ["linear", "classifier", "finetune", "head"])
+def test_a_cell_leaves_the_encoder_as_it_was(bench, runs, protocol):
+    run = str(runs[2] if protocol == "head" else runs[0])
+    made = bench("labels=[20]", "seeds=1", use=slice(0, 3))
+    arm = Arm("CPC", protocol, run)
+    weights = load_file(f"{run}/encoder.safetensors")
+    label_bench.run_cell(made, Cell(arm, LabelAmount("labels", 20), 0))
+    for name, tensor in made.encoder(arm).encoder.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    assert not any(parameter.requires_grad for parameter in made.encoder(arm).parameters())
+
+
+def test_fine_tuning_moves_the_encoder_and_its_rate_of_zero_does_not(bench, runs):
+    """The second phase is more than the first: with a rate of 0 for the encoder only the classifier goes on."""
+    frozen = "settings.finetune=[{lr:0.0,weight_decay:0.0,encoder_lr:0.0}]"
+    arm, amount = Arm("CPC", "finetune", str(runs[0])), LabelAmount("labels", 20)
+    still = bench("labels=[20]", "seeds=1", frozen)
+    chosen = still.choices[amount, 0].indices
+    at = label_bench.Rows("train", chosen)
+    protocol = still.protocol(arm, chosen)
+    first = still.protocol(arm._replace(protocol="classifier"), chosen)
+    setting = {"lr": 0.0, "weight_decay": 0.0, "encoder_lr": 0.0}
+    assert torch.equal(protocol.predict(chosen, at, setting, 1.0, 0), first.predict(chosen, at, setting, 1.0, 0)), (
+        "nothing learned: a classifier at zero says class 0 to everything"
+    )
+    at = label_bench.Rows("test", torch.arange(1000))
+    moved, unmoved = (
+        protocol.predict(chosen, at, {"lr": 0.5, "weight_decay": 0.0, "encoder_lr": rate}, 1.0, 0)
+        for rate in (1.0, 0.0)
+    )
+    assert not torch.equal(moved, unmoved)
+
+
+def test_features_are_encoded_once_for_all_cells(bench, runs):
+    made = bench("labels=[20,40,100]", "seeds=3", "protocols=[linear,knn]")
+    for protocol in ("linear", "knn"):
+        for amount, seed in made.choices:
+            label_bench.run_cell(made, Cell(Arm("CPC", protocol, str(runs[0])), amount, seed))
+    (table,) = made.tables.values()
+    used = set().union(*(set(choice.indices.tolist()) for choice in made.choices.values()))
+    assert table.encoded == len(used) + 1000
+    unused = torch.tensor([index for index in range(4000) if index not in used][:1])
+    with pytest.raises(ValueError, match="that no choice of labels holds"):
+        table.at(label_bench.Rows("train", unused))
+
+
+def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
+    made = bench("labels=[20]", "seeds=2")
+    for protocol in ("cnn", "patches", "classifier", "finetune"):
+        arm = Arm("scratch" if protocol in ("cnn", "patches") else "CPC", protocol, str(runs[0]))
+        first, again, other = (
+            label_bench.run_cell(made, Cell(arm, LabelAmount("labels", 20), seed))["predictions"] for seed in (0, 0, 1)
+        )
+        assert first == again, protocol
+        assert first != other, protocol
+
+
+# ---- what is asked for ----
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "no labels asked for: pass fractions="),
+        (["labels=[25]"], "labels=25 for 10 classes: pass a multiple, 20 or 30"),
+        (["fractions=[0.001]"], "less than one for each of 10 classes: pass at least 0.0025, or labels_per_class=1"),
+        (["fractions=[0]"], "fraction 0.0: pass a share"),
+        (["fractions=[1.5]"], "fraction 1.5: pass a share"),
+        (["labels_per_class=[500]"], "500 labels a class, the rarest of 10 classes has 400"),
+        (["labels=[20]", "seeds=0"], "seeds=0: pass at least 1"),
+        (["labels=[20]", "shard=2", "shards=2"], "shard=2 of shards=2: pass 0 to 1"),
+        (["labels=[20]", "protocols=[linear,svm]"], r"protocols=\['svm'\]: pass some of linear, knn, classifier"),
+        (["labels=[20]", "scratch=[resnet]"], r"scratch=\['resnet'\]: pass some of logistic, svm, cnn"),
+        (["labels=[20]", "random=[finetune]"], r"random=\['finetune'\]: pass some of linear"),
+        (["labels=[20]", "mode=patch"], "mode=patch: pass one of patches, image"),
+        (["labels=[20]", "precision=fp16"], "precision=fp16: pass precision=bf16"),
+        (["labels=[20]", "steps.finetune=0"], "steps.finetune=0: pass at least 1"),
+        (["labels=[20]", "settings.linear=[]"], "settings.linear has none"),
+        (["labels=[20]", "protocols=[head]"], "none of the runs has a projection head: leave it out"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line_and_leaves_nothing(configured, tmp_path, overrides, words):
+    with pytest.raises(ValueError, match=words):
+        sweep(configured(*overrides))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_given_is_asked_for():
+    with pytest.raises(ValueError, match="not given: runs; pass runs="):
+        sweep(composed("sweep_labels", "labels=[20]", "out=x"))
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_two_methods(runs, tmp_path):
+    assert grouped_runs(list(map(str, runs))) == {"CPC": [str(run) for run in runs[:2]], "SimCLR": [str(runs[2])]}
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("encoder.json", "encoder.safetensors"):
+        (other / name).write_bytes((runs[0] / name).read_bytes())
+    config = yaml.safe_load((runs[0] / "config.yaml").read_text()) | {"steps": 9}
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    assert grouped_runs([str(runs[0]), str(other), str(runs[1])]) == {
+        "CPC": [str(runs[0]), str(runs[1])], "CPC 2": [str(other)]
+    }  # fmt: skip
+
+
+def test_fewer_seeds_above_a_tenth_and_choices_that_are_nested():
+    labels = torch.arange(10).repeat(40)
+    ids = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    amounts = [LabelAmount("labels", 20), LabelAmount("fraction", 0.1), LabelAmount("fraction", 0.5)]
+    choices = choices_of(amounts, labels, ids, seeds=3, few=0.1, seeds_above=1)
+    assert [(str(amount), seed) for amount, seed in choices] == [
+        ("labels=20", 0), ("labels=20", 1), ("labels=20", 2), ("fraction=0.1", 0), ("fraction=0.1", 1),
+        ("fraction=0.1", 2), ("fraction=0.5", 0),
+    ]  # fmt: skip
+    sets = {key: set(choice.indices.tolist()) for key, choice in choices.items()}
+    assert sets[amounts[0], 0] < sets[amounts[1], 0] < sets[amounts[2], 0]
+
+
+def test_a_class_without_a_training_image_is_named():
+    images = torch.zeros(6, 8, 8, 3, dtype=torch.uint8).numpy()
+    train = ImageDataset(images, size=8, labels=[0, 0, 2, 2, 0, 2])
+    with pytest.raises(ValueError, match="no training image has a label of class 1"):
+        usable(Splits(train, train), 0.01, 0)
+    fewer = ImageDataset(images, size=8, labels=[0, 0, 1, 1, 0, 1])
+    with pytest.raises(ValueError, match="test images have classes up to 2, there are 2 to learn"):
+        usable(Splits(fewer, train), 0.01, 0)
+
+
+def test_what_cannot_be_decoded_is_left_out_of_both_parts():
+    images = [b"no image" if i == 3 else torch.full((8, 8, 3), i, dtype=torch.uint8).numpy() for i in range(8)]
+    train, test = (ImageDataset(images, size=8, labels=[i % 2 for i in range(8)]) for _ in range(2))
+    for part in (train, test.cached()):
+        good = usable(Splits(part, part), 1.0, 0)
+        assert good.train.labels.tolist() == [0, 1, 0, 0, 1, 0, 1]
+        assert len(sample_ids(good.train).unique()) == 7
+
+
+def test_a_plan_is_told_in_time_for_every_cell(configured):
+    cfg = configured("labels=[20,40]", "seeds=2")
+    check_asked(cfg)
+    take_over_(cfg)
+    made = bench_of(cfg)
+    cells = cells_of(cfg, made)
+    planned = planned_seconds(made, cells)
+    assert set(planned) == set(cells)
+    assert all(seconds >= 0 for seconds in planned.values())
+    # 40 labels of 4 a class are judged in three folds, 20 in two
+    few, more = (Cell(Arm("CPC", "finetune", str(cfg.runs[0])), LabelAmount("labels", n), 0) for n in (20, 40))
+    assert planned[more] == pytest.approx(planned[few] * 7 / 5)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (90, "90 s"), (600, "10 min"), (7200, "2.0 h")])
+def test_durations_are_said_as_people_do(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_one_label_a_class_takes_the_setting_that_was_fixed_beforehand(bench, runs):
+    made = bench("labels_per_class=[1]", "seeds=1")
+    arm = Arm("CPC", "finetune", str(runs[0]))
+    watched = Watched(made.protocol(arm, made.choices[LabelAmount("labels_per_class", 1), 0].indices))
+    chosen = made.choices[LabelAmount("labels_per_class", 1), 0].indices
+    assert choose_setting(watched, chosen, made.labels, seed=0, ids=made.ids) == watched.settings[0]
+    assert not watched.asked
+
+
+# ---- from the command line ----
+
+
+def test_transfer_and_the_command_line(runs, tmp_path, run_tool):
+    """Another labelled data set than the run's: folders of larger images, a class each."""
+    from PIL import Image
+
+    digits = mnist5k()
+    for part, dataset in (("train", digits.train), ("test", digits.test)):
+        for label in (0, 1):
+            folder = tmp_path / "photos" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in (dataset.labels == label).nonzero().flatten()[:8].tolist():
+                image = Image.fromarray(dataset[index].image.permute(1, 2, 0).numpy()).resize((40, 34))
+                image.save(folder / f"{index}.png")
+    few = ["labels_per_class=[1,4]", "seeds=1", "seeds_above=1", "protocols=[linear]", "scratch=[logistic]"]
+    data = ["data=imagefolder", f"data.root={tmp_path / 'photos'}", "out=out"]
+    done = run_tool("tools/sweep_labels.py", f"runs=[{runs[0]}]", *data, *few, *SMALL, *STEPS)
+    assert done.returncode == 0, done.stderr
+    assert "6 cells, 0 are there already" in done.stdout
+    assert "planned" in done.stdout
+    rows = json.loads((tmp_path / "out/summary.json").read_text())["accuracies"]
+    assert {(row["method"], row["labels"]) for row in rows} == {
+        (method, labels) for method in ("scratch", "random", "CPC") for labels in (2, 8)
+    }
+    wrong = run_tool("tools/sweep_labels.py", f"runs=[{tmp_path}]", *data, *few)
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: no encoder.safetensors")
