@@ -28,7 +28,6 @@ from typing import Any, cast
 import hydra
 import numpy as np
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,8 +41,7 @@ from contrastive_core.evaluate.report import LabelledFeatures
 from contrastive_core.optim import square_root_scaling
 from contrastive_core.plots import format_table, save_figure
 from contrastive_core.run_log import read_metrics
-from cpc.configs import config_folder
-from cpc.entry import build, check_complete, command, start_accelerator
+from cpc.entry import build, check_complete, command, config_search, start_accelerator
 from cpc.evaluate import extract, labelled
 from cpc.features import load_encoder, load_head, read_card
 from cpc.pretrain import pretrain
@@ -175,7 +173,7 @@ def compose(cell: Cell, out: Path) -> DictConfig:
     Raises ValueError that names the cell where hydra does not take an override.
     """
     try:
-        with _hydra():
+        with config_search():
             cfg = hydra.compose("pretrain", cell.overrides)
         cfg.run_dir, cfg.resume = str(out / cell.folder), "auto"
         check_complete(cfg)
@@ -183,13 +181,6 @@ def compose(cell: Cell, out: Path) -> DictConfig:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{cell}: {error}") from error
     return cfg
-
-
-def _hydra() -> contextlib.AbstractContextManager[Any]:
-    """The search path of the command that runs, with its --config-dir; outside a command, our own configs."""
-    if GlobalHydra.instance().is_initialized():
-        return contextlib.nullcontext()
-    return hydra.initialize_config_dir(config_folder(), version_base="1.3")
 
 
 @functools.lru_cache(maxsize=1)

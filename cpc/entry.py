@@ -9,12 +9,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import hydra
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
@@ -85,6 +87,13 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
         run
     )
     return entry
+
+
+def config_search() -> AbstractContextManager[Any]:
+    """For `hydra.compose`: the search path of the command that runs, with its --config-dir; else our own configs."""
+    if GlobalHydra.instance().is_initialized():
+        return nullcontext()
+    return hydra.initialize_config_dir(config_folder(), version_base="1.3")
 
 
 def _one_line(error: BaseException) -> int:

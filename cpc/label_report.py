@@ -11,7 +11,9 @@ import csv
 import json
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,12 +280,24 @@ def write_report(out: Path, results: Sequence[CellResult], truth: Tensor, about:
         "scratch": chosen,
         "splits": splits,
     }
-    write_csv(out / "label_efficiency.csv.partial", results)
-    (out / "summary.json.partial").write_text(json.dumps(summary, indent=1) + "\n")
-    (out / "report.md.partial").write_text(_report(about, curves, savings, per_class, chosen, splits, len(results)))
-    for name in ("label_efficiency.csv", "summary.json", "report.md"):
-        (out / f"{name}.partial").replace(out / name)
-    draw(out / "label_efficiency.png", curves, savings)
+    report = _report(about, curves, savings, per_class, chosen, splits, len(results))
+    with whole_files(out) as partial:
+        write_csv(partial("label_efficiency.csv"), results)
+        partial("summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        partial("report.md").write_text(report)
+        draw(partial("label_efficiency.png"), curves, savings)
+
+
+@contextmanager
+def whole_files(out: Path) -> Iterator[Callable[[str], Path]]:
+    """Files that come into their folder whole and together, whatever other processes write there.
+
+    Yields `partial(name)`, the path to write `out/name` to until the end.
+    """
+    with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
+        yield lambda name: Path(folder) / name
+        for written in sorted(Path(folder).iterdir()):
+            written.replace(out / written.name)
 
 
 def _report(

@@ -348,15 +348,22 @@ def sweep(cfg: DictConfig) -> Path:
 
 
 def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any], failed: dict[str, str]) -> None:
-    results = read_results([out / "cells" / cell.file for cell in cells])
+    """Of all cells in the folder, of other commands too where they are of the same test images."""
+    files = [file for file in sorted((out / "cells").rglob("*.json")) if _same_test(file, bench)]
+    results = read_results(files)
     if results:
         features = {
             "encoded": sum(table.encoded for table in bench.tables.values()),
             "seconds": round(sum(table.seconds for table in bench.tables.values()), 1),
         }
-        write_report(
-            out, results, bench.test.labels, {**about, "cells": len(cells), "features": features, "failed": failed}
-        )
+        missing = sum(not (out / "cells" / cell.file).is_file() for cell in cells)
+        about = {**about, "cells": len(results) + missing, "features": features, "failed": failed}
+        write_report(out, results, bench.test.labels, about)
+
+
+def _same_test(file: Path, bench: Bench) -> bool:
+    same: bool = json.loads(file.read_text())["asked"]["test"] == bench.test_digest
+    return same
 
 
 def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+import cpc.demo
 from contrastive_core.data import ImageDataset, Splits
 from contrastive_core.evaluate.report import LabelledFeatures, few_label_row, probe_rows
 from contrastive_core.run_log import read_metrics
@@ -185,7 +186,8 @@ def test_the_demo_needs_labelled_test_images_before_it_starts(compose, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_demo_ends_with_a_table_and_pictures(compose, tmp_path, capsys):
+def test_the_demo_ends_with_a_table_and_pictures(compose, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cpc.demo, "ONE_POINT", [*cpc.demo.ONE_POINT, "steps.classifier=2", "steps.finetune=2"])
     folder = demo(compose(*TINY, f"run_dir={tmp_path / 'run'}"))
     printed = capsys.readouterr().out
     rows = json.loads((folder / "evaluation.json").read_text())["rows"]
@@ -204,3 +206,8 @@ def test_the_demo_ends_with_a_table_and_pictures(compose, tmp_path, capsys):
         assert (folder / name).stat().st_size > 2000
         assert str(folder / name) in printed
     assert read_metrics(folder)[-1]["step"] == 2
+    summary = json.loads((folder / "labels/summary.json").read_text())
+    points = {(row["method"], row["protocol"], row["labels"]): row["cells"] for row in summary["accuracies"]}
+    assert all(points["CPC", "linear", labels] == 3 for labels in (20, 40, 100, 200, 400))
+    assert points["CPC", "finetune", 40] == points["scratch", "cnn", 40] == 1
+    assert str(folder / "labels/label_efficiency.png") in printed
