@@ -5,11 +5,15 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint types format
+.PHONY: demo label-curve test test-slow lint types format
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	$(PY) tools/demo.py
+
+# Hours; goes on where it stopped. The curve comes into runs/label-digits/sweep.
+label-curve: $(READY)
+	$(PY) benchmarks/label_efficiency.py digits
 
 # Two workers, a file of tests each: most tests use one core. More would want memory, 1.5 GiB each.
 test: $(READY)

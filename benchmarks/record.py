@@ -39,9 +39,9 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def write(name: str, command: str, results: dict[str, Any]) -> Path:
-    """Write benchmarks/results/NAME.json; returns its path."""
-    RESULTS.mkdir(exist_ok=True)
+def write(name: str, command: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write NAME.json into benchmarks/results, or another folder of the checkout; returns its path."""
+    folder.mkdir(exist_ok=True)
     packages = ("torch", "torchvision", "kornia", "accelerate", "scikit-learn")
     record = {
         "command": command,
@@ -51,7 +51,7 @@ def write(name: str, command: str, results: dict[str, Any]) -> Path:
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
         **results,
     }
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path.relative_to(ROOT)}")
     return path
