@@ -42,6 +42,7 @@ from cpc.label_protocols import (
     FinetuneProtocol,
     HeadProtocol,
     LatentProtocol,
+    Length,
     Probe,
     ProbeProtocol,
     ScratchProtocol,
@@ -144,7 +145,7 @@ class Plan:
     views: one augmented view of uint8 images, in [0, 1] and not normalised.
     cnn: makes the ordinary network's encoder.
     classifier: arguments of `LatentClassifier`.
-    steps, settings: by protocol; "scratch" for all networks from random weights.
+    lengths, settings: by protocol; "scratch" for all networks from random weights.
     batch_size: images a step. encodings: as `LatentProtocol`'s. head_layer: of "head".
     mode: how encoders of patches are run; None = as they were trained. readout: what is read off those of patches,
         "grid" or "context".
@@ -155,7 +156,7 @@ class Plan:
     views: nn.Module
     cnn: Callable[[], nn.Module]
     classifier: Mapping[str, Any]
-    steps: Mapping[str, int]
+    lengths: Mapping[str, Length]
     settings: Mapping[str, Sequence[Mapping[str, float]]]
     batch_size: int
     encodings: int
@@ -235,7 +236,7 @@ class Bench:
 
     def training(self, name: str) -> Training:
         """How long a protocol trains, on what."""
-        return Training(self.splits, self.plan.views, self.accelerator, self.plan.steps[name], self.plan.batch_size)
+        return Training(self.splits, self.plan.views, self.accelerator, self.plan.lengths[name], self.plan.batch_size)
 
     def classifier(self, dim: int) -> nn.Module:
         """A classifier on a grid of latents."""
@@ -305,7 +306,7 @@ class Bench:
         if arm.protocol in ("linear", "knn"):
             return own
         names = {"classifier": ["classifier"], "finetune": ["classifier", "finetune"], "head": ["head"]}
-        own |= {"steps": {name: plan.steps[name] for name in names.get(arm.protocol, ["scratch"])}}
+        own |= {"steps": {name: list(plan.lengths[name]) for name in names.get(arm.protocol, ["scratch"])}}
         own |= {"batch_size": plan.batch_size, "classifier": dict(plan.classifier), **plan.described}
         own |= {"encodings": plan.encodings} if arm.protocol in ("classifier", "finetune") else {}
         return own | ({"head_layer": plan.head_layer} if arm.protocol == "head" else {})

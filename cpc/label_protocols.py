@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -119,6 +119,10 @@ class ProbeProtocol:
     probe: Probe
     settings: Sequence[Setting]
 
+    def cost(self, labels: int) -> float:
+        """As `LabelProtocol.cost`."""
+        return labels
+
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""
         return self.probe(self.table.at(Rows("train", fit)), self.labels[fit], self.table.at(at), setting)
@@ -155,27 +159,41 @@ def _unknown(x: Tensor) -> Tensor:
 # ---- networks ----
 
 
+class Length(NamedTuple):
+    """How long a trial trains: so many passes over its labels, but at `least` and at `most` so many optimizer steps.
+
+    Example: `Length(300, 10, 2000)` with batches of 32 is 300 steps for 40 labels, 1,250 for 4,000 and 2,000 for more.
+    """
+
+    least: int
+    passes: float
+    most: int
+
+    def steps(self, labels: int, batch_size: int) -> int:
+        """Optimizer steps with so many labels in batches of at most this size."""
+        return max(self.least, min(self.most, int(self.passes * labels / batch_size)))
+
+
 @dataclass
 class Training:
-    """What all networks of a cell share: the images, the labels that are used, and how long to train.
+    """What all networks of a cell share: the images, how they are augmented, and how long to train.
 
-    views: one augmented view of uint8 images, in [0, 1] and not normalised.
-    steps: optimizer steps of a whole trial. batch_size: images a step, at most.
+    views: one augmented view of uint8 images, in [0, 1] and not normalised. batch_size: images a step, at most.
     """
 
     splits: Splits
     views: nn.Module
     accelerator: Accelerator
-    steps: int
+    length: Length
     batch_size: int
 
-    def steps_for(self, share: float) -> int:
-        """Of a trial that has a share of them, at least 1."""
-        return max(1, round(share * self.steps))
+    def steps_for(self, labels: int, share: float = 1.0) -> int:
+        """Of a trial with so many labels that has a share of its steps, at least 1."""
+        return max(1, round(share * self.length.steps(labels, self.batch_size)))
 
     def on_images_(self, network: nn.Module, optimizer: Optimizer, fit: Tensor, share: float, seed: int) -> nn.Module:
         """Train a network on augmented images, in place; returns it in eval mode."""
-        steps, few = self.steps_for(share), self.splits.train.subset(fit)
+        steps, few = self.steps_for(len(fit), share), self.splits.train.subset(fit)
         batches = image_batches(few, batch_size=self.batch_size, steps=steps, seed=seed)
         return train_(network, optimizer, batches, self.views, self.accelerator, steps=steps, seed=seed)
 
@@ -210,6 +228,10 @@ class ScratchProtocol:
     build: Callable[[], nn.Module]
     settings: Sequence[Setting]
 
+    def cost(self, labels: int) -> float:
+        """As `LabelProtocol.cost`."""
+        return self.training.steps_for(labels)
+
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""
         training = self.training
@@ -230,6 +252,10 @@ class HeadProtocol:
     training: Training
     build: Callable[[], nn.Module]
     settings: Sequence[Setting]
+
+    def cost(self, labels: int) -> float:
+        """As `LabelProtocol.cost`."""
+        return self.training.steps_for(labels)
 
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""
@@ -261,6 +287,10 @@ class LatentProtocol:
     encodings: int
     settings: Sequence[Setting]
 
+    def cost(self, labels: int) -> float:
+        """As `LabelProtocol.cost`."""
+        return self.training.steps_for(labels)
+
     @cached_property
     def copies(self) -> Tensor:
         """Latents of the chosen images, augmented so many times: `copies m rows cols d`."""
@@ -276,7 +306,7 @@ class LatentProtocol:
 
     def first_phase(self, fit: Tensor, setting: Setting, share: float, seed: int) -> nn.Module:
         """A classifier trained on the cached latents, in eval mode."""
-        training, steps = self.training, self.training.steps_for(share)
+        training, steps = self.training, self.training.steps_for(len(fit), share)
         places = torch.searchsorted(self.chosen, fit)
         classifier = training.to_device(self.classifier())
         batches = latent_batches(
@@ -311,6 +341,10 @@ class FinetuneProtocol:
     first: LatentProtocol
     training: Training
     settings: Sequence[Setting]
+
+    def cost(self, labels: int) -> float:
+        """As `LabelProtocol.cost`; a step of the second phase, by far the dearer, counts as the first's."""
+        return self.first.cost(labels) + self.training.steps_for(labels)
 
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from contrastive_core.data import LabelAmount, sample_ids
-from contrastive_core.evaluate.selection import Rows, selection_parts, whole_trials
+from contrastive_core.evaluate.selection import LabelProtocol, Rows, selection_parts, whole_trials
 from cpc.entry import build, check_complete, command, start_accelerator
 from cpc.evaluate import labelled
 from cpc.features import MODES, read_card
@@ -42,7 +43,7 @@ from cpc.label_bench import (
     run_cell,
     usable,
 )
-from cpc.label_protocols import FinetuneProtocol, ProbeProtocol
+from cpc.label_protocols import Length, ProbeProtocol
 from cpc.label_report import SCRATCH, read_results, write_report
 from cpc.run import plain
 from cpc.run_folder import MAY_CHANGE, differing_keys
@@ -68,7 +69,7 @@ class SweepSchema:
     scratch: list[str]
     mode: str | None
     readout: str
-    steps: dict[str, int]
+    steps: dict[str, Any]
     batch_size: int
     encodings: int
     head_layer: int
@@ -124,9 +125,9 @@ def check_asked(cfg: DictConfig) -> None:
         raise ValueError(f"readout={cfg.readout}: pass grid, or context for CPC's latents with their contexts")
     if cfg.precision == "fp16":
         raise ValueError("precision=fp16: pass precision=bf16 or precision=no")
-    for name, steps in cfg.steps.items():
-        if steps < 1:
-            raise ValueError(f"steps.{name}={steps}: pass at least 1")
+    for name, length in cfg.steps.items():
+        if not (1 <= length.least <= length.most and length.passes >= 0):
+            raise ValueError(f"steps.{name}={dict(length)}: pass 1 <= least <= most, and passes of at least 0")
     for name in {*cfg.protocols, *cfg.random, "scratch"}:
         if not cfg.settings.get(name):
             raise ValueError(f"settings.{name} has none: pass [{{...}}], one setting or more")
@@ -226,44 +227,34 @@ def write_cell(folder: Path, cell: Cell, result: dict[str, Any]) -> None:
 def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
     """How long each cell should take: a few steps, or one probe, of every arm are timed where its labels are fewest.
 
-    Steps cost what they cost however many labels there are; a probe, as many times as there are labels. A support
-    vector machine's cost rises faster, and caches are filled on the way: it is an estimate.
+    It is an estimate: a support vector machine's cost rises faster than its labels, and caches are filled on the way.
     """
     seconds: dict[Cell, float] = {}
     for arm in dict.fromkeys(cell.arm for cell in cells):
-        mine = [cell for cell in cells if cell.arm == arm]
-        smallest = min(mine, key=lambda cell: len(bench.choices[cell.amount, cell.seed].indices))
-        measure = _trial_seconds(bench, smallest)
-        for cell in mine:
-            labels = bench.choices[cell.amount, cell.seed].indices
+        mine = {cell: bench.choices[cell.amount, cell.seed].indices for cell in cells if cell.arm == arm}
+        fewest = min(mine.values(), key=len)
+        protocol = bench.protocol(arm, fewest)
+        a_unit = trial_seconds(protocol, fewest) / protocol.cost(len(fewest))
+        for cell, labels in mine.items():
             folds = len(selection_parts(bench.labels[labels]))
-            trials = whole_trials(len(bench.protocol(arm, labels).settings), folds)
-            seconds[cell] = trials * measure(len(labels))
+            seconds[cell] = whole_trials(len(protocol.settings), folds) * protocol.cost(len(labels)) * a_unit
     return seconds
 
 
-def _trial_seconds(bench: Bench, cell: Cell) -> Callable[[int], float]:
-    """Seconds of one whole trial by its number of labels."""
-    chosen = bench.choices[cell.amount, cell.seed].indices
-    protocol = bench.protocol(cell.arm, chosen)
-    few = Rows("train", chosen[:1])
+def trial_seconds(protocol: LabelProtocol[Any], chosen: Tensor) -> float:
+    """Seconds of one whole trial, of a network by a few of its steps."""
 
     def timed(share: float) -> float:
         began = time.perf_counter()
-        protocol.predict(chosen, few, protocol.settings[0], share, 0)
+        protocol.predict(chosen, Rows("train", chosen[:1]), protocol.settings[0], share, 0)
         return time.perf_counter() - began
 
     timed(1e-9)  # what is done once: features, augmented copies
     if isinstance(protocol, ProbeProtocol):
-        took = timed(1.0)
-        return lambda labels: took * max(1.0, labels / len(chosen))
-    steps = (protocol.first.training if isinstance(protocol, FinetuneProtocol) else protocol.training).steps  # type: ignore[attr-defined]
-    short, longer = min(1.0, 2 / steps), min(1.0, 8 / steps)
-    if longer <= short:
-        took = timed(1.0)
-        return lambda labels: took
-    rate = (timed(longer) - timed(short)) / (longer - short)
-    return lambda labels: max(rate, 0.0)
+        return timed(1.0)
+    steps = protocol.cost(len(chosen))
+    short, longer = min(1.0, 4 / steps), min(1.0, 16 / steps)
+    return max(0.0, timed(longer) - timed(short)) / (longer - short) if longer > short else timed(1.0)
 
 
 def duration(seconds: float) -> str:
@@ -302,6 +293,11 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> Iterator[tup
 # ---- the command ----
 
 
+def lengths_of(cfg: DictConfig) -> dict[str, Length]:
+    """How long every protocol trains."""
+    return {name: Length(int(each.least), each.passes, int(each.most)) for name, each in cfg.steps.items()}
+
+
 def bench_of(cfg: DictConfig) -> Bench:
     """What the configuration describes, images read."""
     accelerator = start_accelerator(precision=cfg.precision, device=cfg.device, threads=cfg.threads)
@@ -312,7 +308,8 @@ def bench_of(cfg: DictConfig) -> Bench:
     plan = Plan(
         views=build(cfg.views),
         cnn=partial(build, cfg.cnn),
-        **{name: written[name] for name in ("classifier", "steps", "settings", "batch_size", "encodings")},
+        lengths=lengths_of(cfg),
+        **{name: written[name] for name in ("classifier", "settings", "batch_size", "encodings")},
         **{name: written[name] for name in ("head_layer", "mode", "readout", "seed", "workers")},
         described={name: written[name] for name in ("views", "cnn", "precision")},
     )
@@ -372,6 +369,12 @@ def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
     doubles = len(test_ids & set(bench.ids.tolist()))
     probed = [run for run in cfg.runs if (run_config(run)[1].get("probe_every") or 0) > 0]
     said = []
+    lengths = lengths_of(cfg)
+    both = [lengths["classifier"], lengths["finetune"]]
+    if any(scratch < sum(phases) for scratch, *phases in zip(lengths["scratch"], *both, strict=True)):
+        said.append("networks from scratch train for fewer steps than both phases of fine-tuning together")
+    if len(cfg.settings.scratch) < len(cfg.settings.finetune):
+        said.append("networks from scratch are tried with fewer settings than fine-tuning")
     if doubles:
         said.append(f"{doubles} test images are among the training images, byte by byte")
     if probed:

@@ -17,13 +17,24 @@ from contrastive_core.evaluate.selection import choose_setting
 from cpc import label_bench
 from cpc.configs import config_folder
 from cpc.label_bench import Arm, Cell, choices_of, usable
+from cpc.label_protocols import Length
 from cpc.pretrain import pretrain
-from cpc.sweep_labels import bench_of, cells_of, check_asked, duration, grouped_runs, planned_seconds, sweep, take_over_
+from cpc.sweep_labels import (
+    bench_of,
+    cells_of,
+    check_asked,
+    duration,
+    grouped_runs,
+    lengths_of,
+    planned_seconds,
+    sweep,
+    take_over_,
+)
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
 
 SMALL = ["threads=1", "device=cpu", "cnn.widths=[4,4]", "classifier.width=4", "encodings=40", "batch_size=10"]
-STEPS = ["steps.classifier=2", "steps.finetune=1"]
+STEPS = ["steps.classifier={least:2,passes:0,most:2}", "steps.finetune={least:1,passes:0,most:1}"]
 """Of few steps: what these networks learn is nobody's business here."""
 
 
@@ -207,7 +218,7 @@ def test_cells_of_another_making_are_refused(configured, tmp_path):
     with pytest.raises(ValueError, match="was made with another encoder"):
         sweep(configured(*QUICK, use=slice(1, 2)))
     assert files(tmp_path / "out") == before
-    sweep(configured(*QUICK, "steps.classifier=7", "seeds=3"))  # nothing that these cells depend on
+    sweep(configured(*QUICK, "steps.classifier.most=7", "seeds=3"))  # nothing that these cells depend on
     assert len(files(tmp_path / "out")) == 12
 
 
@@ -351,7 +362,7 @@ def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
         (["labels=[20]", "random=[finetune]"], r"random=\['finetune'\]: pass some of linear"),
         (["labels=[20]", "mode=patch"], "mode=patch: pass one of patches, image"),
         (["labels=[20]", "precision=fp16"], "precision=fp16: pass precision=bf16"),
-        (["labels=[20]", "steps.finetune=0"], "steps.finetune=0: pass at least 1"),
+        (["labels=[20]", "steps.finetune.least=0"], "steps.finetune=.*: pass 1 <= least <= most"),
         (["labels=[20]", "settings.linear=[]"], "settings.linear has none"),
         (["labels=[20]", "protocols=[head]"], "none of the runs has a projection head: leave it out"),
     ],
@@ -468,3 +479,26 @@ def test_transfer_and_the_command_line(runs, tmp_path, run_tool):
     wrong = run_tool("tools/sweep_labels.py", f"runs=[{tmp_path}]", *data, *few)
     assert wrong.returncode == 2
     assert wrong.stderr.strip().splitlines()[-1].startswith("error: no encoder.safetensors")
+
+
+# ---- how long ----
+
+
+@pytest.mark.parametrize(
+    ("labels", "steps"), [(10, 300), (40, 300), (960, 300), (992, 310), (4000, 1250), (6400, 2000), (50_000, 2000)]
+)
+def test_more_labels_train_longer_up_to_a_bound(labels, steps):
+    assert Length(300, 10, 2000).steps(labels, 32) == steps
+
+
+def test_from_scratch_is_trained_as_long_as_both_phases_or_the_report_says_so(configured, tmp_path):
+    lengths = lengths_of(composed("sweep_labels", "runs=[a]", "out=b"))
+    for labels in (10, 100, 993, 1000, 1011, 10_000, 100_000):
+        phases = [lengths[name].steps(labels, 32) for name in ("classifier", "finetune")]
+        assert lengths["scratch"].steps(labels, 32) >= sum(phases)
+    sweep(configured(*QUICK))
+    assert "fewer steps" not in (tmp_path / "out/report.md").read_text()
+    sweep(configured(*QUICK, "steps.scratch.least=2", "settings.scratch=[{lr:1e-3,weight_decay:0.0}]"))
+    report = (tmp_path / "out/report.md").read_text()
+    assert "networks from scratch train for fewer steps than both phases of fine-tuning together" in report
+    assert "networks from scratch are tried with fewer settings than fine-tuning" in report

@@ -119,6 +119,10 @@ class LabelProtocol(Protocol[Setting]):
 
     settings: Sequence[Setting]
 
+    def cost(self, labels: int) -> float:
+        """How much work a whole trial with so many labels is, above 0, in a unit of its own; plans go by it."""
+        ...
+
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """The class that each image of `at` is given after learning from training images `fit` and their labels.
 
