@@ -43,7 +43,7 @@ class FrozenEncoder(nn.Module):
         mean, std: normalisation.
         mode: "patches" encodes every patch of the grid; "image" runs the encoder over the whole image.
         readout: "mean" gives `b d`, "grid" gives `b rows cols d` (patch grid, or the encoder's feature map), "context"
-            the patch grid with its contexts, `b rows cols n d` (`cpc.context.Contexts`).
+            the patch grid with its n contexts, `b rows cols (1 + n) d` (`cpc.context.Contexts`).
         context: the context networks, of an encoder of patches that has them.
 
     `readout` and `mode` are plain attributes and may be changed at any time.
@@ -165,8 +165,8 @@ def load_encoder(
 
     Args:
         path: the run's folder, or its `encoder.safetensors`; `encoder.json` must stand beside it.
-        readout: "mean" -> features `b d`; "grid" -> `b rows cols d`; "context" -> the grid with the contexts of a CPC
-            run, `b rows cols n d`.
+        readout: "mean" -> features `b d`; "grid" -> `b rows cols d`; "context" -> the grid with the n contexts of
+            a CPC run, `b rows cols (1 + n) d`.
         mode: "patches" (the default where the encoder was trained on patches) or "image".
         encoder: the module to put the weights into, for an architecture that is not one of ours.
 
@@ -322,7 +322,7 @@ def build_contexts(card: dict[str, Any]) -> Contexts:
 
 
 def load_contexts(path: str | Path) -> Contexts:
-    """Read the context networks of a CPC run back, latents `b rows cols d` -> `b rows cols n d`.
+    """Read the context networks of a CPC run back, latents `b rows cols d` -> `b rows cols (1 + n) d`.
 
     Args: `path`: as `load_encoder`'s. Raises as `load_head`.
     """

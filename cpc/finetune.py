@@ -90,22 +90,32 @@ def take_over_(cfg: DictConfig, run: str) -> None:
     cfg.mean, cfg.std = list(fed["mean"]), list(fed["std"])
     if cfg.data is None:
         cfg.data = {**run_data(run), "size": "${load_size}"}
+    for name, value in run_augmentation(run).items():
+        if cfg.augmentation.get(name) is None:
+            cfg.augmentation[name] = value
+
+
+def run_augmentation(run: str) -> dict[str, Any]:
+    """A run's own range of crops and probability of flips, each None where it does not say.
+
+    A run that flipped nothing has a probability of 0: its images may have a handedness.
+    """
     written, before = run_config(run)
     theirs = before.get("augmentation")
     own = {name: theirs.get(name) if isinstance(theirs, dict) else None for name in ("crop", "flip")}
     check_plain(own, written)
-    for name, value in own.items():
-        if cfg.augmentation.get(name) is None:
-            cfg.augmentation[name] = value
-    if cfg.augmentation.flip is None and never_flips(before):
-        cfg.augmentation.flip = 0.0
+    if own["flip"] is None and _never_flips(before.get("views")):
+        own["flip"] = 0.0
+    return own
 
 
-def never_flips(before: dict[str, Any]) -> bool:
-    """Whether a run cut its images into patches and flipped none of them: they may have a handedness."""
-    views = before.get("views")
-    steps = views.get("image_augment") if isinstance(views, dict) else None
-    return isinstance(steps, list) and not any("Flip" in str(step.get("_target_")) for step in steps)
+def _never_flips(views: Any) -> bool:
+    """Whether views are patches of images that were not flipped, or pipelines that have no flip at all."""
+    steps, pipelines = (views.get(name) if isinstance(views, dict) else None for name in ("image_augment", "pipelines"))
+    if isinstance(steps, list):
+        return not any("Flip" in str(step.get("_target_")) for step in steps)
+    without = "contrastive_core.augment.views.digits"
+    return isinstance(pipelines, list) and all(str(each.get("_target_")) == without for each in pipelines)
 
 
 def architecture_node(card: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from cpc.features import (
     untrained_encoder,
 )
 from cpc.label_protocols import (
+    Both,
     FeatureTable,
     FinetuneProtocol,
     HeadProtocol,
@@ -129,7 +132,11 @@ def choices_of(
     choices: dict[tuple[LabelAmount, int], LabelSplit] = {}
     for amount in amounts:
         count = len(amount.choose(labels, ids=ids))
-        for seed in range(seeds if count <= few * len(labels) else seeds_above):
+        others = [str(other) for other, _ in choices if len(choices[other, 0].indices) == count]
+        if others:
+            raise ValueError(f"{amount} and {others[0]} are {count} labels both: leave one of them out")
+        # a share of every class is rounded, so that its sum may be a little more
+        for seed in range(seeds if count <= few * len(labels) + len(labels.unique()) / 2 else seeds_above):
             indices = amount.choose(labels, seed=seed, ids=ids)
             choices[amount, seed] = LabelSplit(indices, split_digest(ids, labels, indices))
     return choices
@@ -156,7 +163,7 @@ class Plan:
     views: nn.Module
     cnn: Callable[[], nn.Module]
     classifier: Mapping[str, Any]
-    lengths: Mapping[str, Length]
+    lengths: Mapping[str, Length | Both]
     settings: Mapping[str, Sequence[Mapping[str, float]]]
     batch_size: int
     encodings: int
@@ -223,7 +230,8 @@ class Bench:
     @cached_property
     def pixels(self) -> FeatureTable:
         """Pixels as features, one channel of three where the training images have no colour."""
-        sample = torch.stack([self.splits.train[int(i)].image for i in self.used[:256]])
+        some = torch.linspace(0, len(self.labels) - 1, 256).long().unique()  # whichever labels are in use
+        sample = torch.stack([self.splits.train[int(i)].image for i in some])
         grey = bool((sample[:, :1] == sample).all())
 
         def flat(images: Tensor) -> Tensor:
@@ -236,7 +244,14 @@ class Bench:
 
     def training(self, name: str) -> Training:
         """How long a protocol trains, on what."""
-        return Training(self.splits, self.plan.views, self.accelerator, self.plan.lengths[name], self.plan.batch_size)
+        return Training(
+            self.splits,
+            self.plan.views,
+            self.accelerator,
+            self.plan.lengths[name],
+            self.plan.batch_size,
+            self.plan.workers,
+        )
 
     def classifier(self, dim: int) -> nn.Module:
         """A classifier on a grid of latents."""
@@ -289,25 +304,33 @@ class Bench:
         network = Classifier(encoder, classes=self.classes, head=load_head(run).upto(self.plan.head_layer))
         return FrozenClassifier(network, card["input"], self.splits.train.class_names)
 
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """What the results of all cells in a folder have in common, whichever command has made them."""
+        everyone = torch.arange(len(self.labels))
+        return {
+            "train": split_digest(self.ids, self.labels, everyone),
+            "test": split_digest(sample_ids(self.test), self.test.labels, torch.arange(len(self.test))),
+            "pixels": self.test.size,
+            "steps": {name: json.dumps(length) for name, length in self.plan.lengths.items()},
+            "batch_size": self.plan.batch_size,
+            **self.plan.described,
+        }
+
     def asked(self, cell: Cell) -> dict[str, Any]:
-        """All that a cell's result depends on, to tell whether one that is there is the one that is asked for."""
+        """What else a cell's result depends on, to tell whether one that is there is the one that is asked for."""
         plan, arm = self.plan, cell.arm
         own: dict[str, Any] = {
             "split": self.choices[cell.amount, cell.seed].digest,
-            "test": self.test_digest,
-            "pixels": self.test.size,
             "settings": [dict(setting) for setting in self._settings_of(arm)],
         }
         if arm.protocol in ("logistic", "svm"):
             return own
         own["encoder"] = self._fingerprint(arm)
-        own["mode"] = self.mode_for(arm.run) if arm.protocol not in NETWORKS else arm.protocol
-        own["readout"] = self.readout_for(arm.run)
-        if arm.protocol in ("linear", "knn"):
-            return own
-        names = {"classifier": ["classifier"], "finetune": ["classifier", "finetune"], "head": ["head"]}
-        own |= {"steps": {name: list(plan.lengths[name]) for name in names.get(arm.protocol, ["scratch"])}}
-        own |= {"batch_size": plan.batch_size, "classifier": dict(plan.classifier), **plan.described}
+        if arm.protocol not in ("cnn", "image"):
+            own |= {"mode": self.mode_for(arm.run), "readout": self.readout_for(arm.run)}
+        if arm.protocol not in ("linear", "knn"):
+            own["classifier"] = dict(plan.classifier)
         own |= {"encodings": plan.encodings} if arm.protocol in ("classifier", "finetune") else {}
         return own | ({"head_layer": plan.head_layer} if arm.protocol == "head" else {})
 
@@ -317,24 +340,31 @@ class Bench:
         assert self.splits.test is not None
         return self.splits.test
 
-    @cached_property
-    def test_digest(self) -> str:
-        """Stands for all test images and their labels."""
-        return split_digest(sample_ids(self.test), self.test.labels, torch.arange(len(self.test)))
-
     def _settings_of(self, arm: Arm) -> Sequence[Mapping[str, float]]:
         if arm.protocol in ("logistic", "svm"):
             return [{}]  # they set themselves
         return self.plan.settings["scratch" if arm.protocol in NETWORKS else arm.protocol]
 
     def _fingerprint(self, arm: Arm) -> Any:
-        weights, card = read_card(arm.run)
+        _, card = read_card(arm.run)
         if arm.protocol == "cnn":
             return {"input": card["input"]}
         if arm.method in (SCRATCH, "random"):
+            parts = ["architecture", "input", *(["context"] if self.readout_for(arm.run) == "context" else [])]
             seed = {"seed": self.plan.seed} if arm.method == "random" else {}
-            return {"architecture": card["architecture"], "input": card["input"], **seed}
-        return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+            return {part: card[part] for part in parts} | seed
+        return run_fingerprint(arm.run)
+
+
+@functools.lru_cache(maxsize=64)
+def run_fingerprint(run: str) -> str:
+    """Stands for a run's encoder, its card, and what it keeps beside them: twelve hexadecimal digits."""
+    weights, _ = read_card(run)
+    digest = hashlib.sha256()
+    for name in ("encoder.json", "encoder.safetensors", "context.safetensors", "head.safetensors"):
+        file = weights.with_suffix(".json") if name == "encoder.json" else weights.with_name(name)
+        digest.update(name.encode() + (file.read_bytes() if file.is_file() else b""))
+    return digest.hexdigest()[:12]
 
 
 def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
@@ -360,6 +390,8 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         "class_accuracy": sum(per_class) / len(per_class),
         "setting": dict(setting),
         "seconds": round(time.perf_counter() - began, 2),
+        "draws": sum(amount == cell.amount for amount, _ in bench.choices),
+        "shared": bench.shared,
         "asked": bench.asked(cell),
         "predictions": predictions.tolist(),
     }

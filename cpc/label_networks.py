@@ -87,9 +87,12 @@ def train_(
     return network.eval()
 
 
-def image_batches(images: ImageDataset, *, batch_size: int, steps: int, seed: int) -> Iterator[list[LoadedBatch]]:
+def image_batches(
+    images: ImageDataset, *, batch_size: int, steps: int, seed: int, workers: int = 0
+) -> Iterator[list[LoadedBatch]]:
     """Batches of at most `batch_size` images, or of all where there are fewer."""
-    return training_batches(images, batch_size=min(batch_size, len(images)), seed=seed, start=0, steps=steps)
+    size = min(batch_size, len(images))
+    return training_batches(images, batch_size=size, seed=seed, start=0, steps=steps, workers=workers)
 
 
 def latent_batches(
@@ -135,10 +138,12 @@ def encoded_copies(
 
 
 @torch.no_grad()
-def classes_of(network: nn.Module, images: ImageDataset, accelerator: Accelerator, *, batch_size: int) -> Tensor:
+def classes_of(
+    network: nn.Module, images: ImageDataset, accelerator: Accelerator, *, batch_size: int, workers: int = 0
+) -> Tensor:
     """The class that scores highest for each image, `n` int64; the network is in eval mode."""
     with accelerator.autocast():
-        logits, _ = extract_features(network, images, batch_size=batch_size, device=accelerator.device)
+        logits, _ = extract_features(network, images, batch_size=batch_size, device=accelerator.device, workers=workers)
     return logits.argmax(1)
 
 

@@ -174,18 +174,34 @@ class Length(NamedTuple):
         return max(self.least, min(self.most, int(self.passes * labels / batch_size)))
 
 
+class Both(NamedTuple):
+    """As long as several phases together, or so many `times` as long: what training from scratch is given.
+
+    Example: `Both((Length(300, 10, 2000), Length(100, 5, 1000)), 1.0)` is 400 steps for 40 labels.
+    """
+
+    phases: tuple[Length, ...]
+    times: float
+
+    def steps(self, labels: int, batch_size: int) -> int:
+        """As `Length.steps`, never fewer than the phases' sum."""
+        return round(self.times * sum(phase.steps(labels, batch_size) for phase in self.phases))
+
+
 @dataclass
 class Training:
     """What all networks of a cell share: the images, how they are augmented, and how long to train.
 
     views: one augmented view of uint8 images, in [0, 1] and not normalised. batch_size: images a step, at most.
+    workers: processes that decode images.
     """
 
     splits: Splits
     views: nn.Module
     accelerator: Accelerator
-    length: Length
+    length: Length | Both
     batch_size: int
+    workers: int = 0
 
     def steps_for(self, labels: int, share: float = 1.0) -> int:
         """Of a trial with so many labels that has a share of its steps, at least 1."""
@@ -194,8 +210,14 @@ class Training:
     def on_images_(self, network: nn.Module, optimizer: Optimizer, fit: Tensor, share: float, seed: int) -> nn.Module:
         """Train a network on augmented images, in place; returns it in eval mode."""
         steps, few = self.steps_for(len(fit), share), self.splits.train.subset(fit)
-        batches = image_batches(few, batch_size=self.batch_size, steps=steps, seed=seed)
+        options = {"batch_size": self.batch_size, "workers": self.workers}
+        batches = image_batches(few, steps=steps, seed=seed, **options)
         return train_(network, optimizer, batches, self.views, self.accelerator, steps=steps, seed=seed)
+
+    def classes(self, network: nn.Module, at: Rows, *, batch_size: int) -> Tensor:
+        """The class that a trained network gives to each image of these rows."""
+        images = rows_of(self.splits, at)
+        return classes_of(network, images, self.accelerator, batch_size=batch_size, workers=self.workers)
 
     def to_device(self, network: nn.Module) -> nn.Module:
         """Where the accelerator is, in the layout that convolutions like."""
@@ -203,10 +225,11 @@ class Training:
 
 
 class Seeded:
-    """A context with torch's generator at a seed, and as it was afterwards."""
+    """A context with torch's generators at a seed, the CPU's and the accelerator's, and as they were afterwards."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed, self.fork = seed, torch.random.fork_rng()
+    def __init__(self, seed: int, accelerator: Accelerator) -> None:
+        cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
+        self.seed, self.fork = seed, torch.random.fork_rng(devices=cuda)
 
     def __enter__(self) -> None:
         self.fork.__enter__()
@@ -235,11 +258,11 @@ class ScratchProtocol:
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""
         training = self.training
-        with Seeded(seed):
+        with Seeded(seed, self.training.accelerator):
             network = training.to_device(self.build())
             optimizer = AdamW(parameter_groups(network), lr=setting["lr"], weight_decay=setting["weight_decay"])
             training.on_images_(network, optimizer, fit, share, seed)
-        return classes_of(network, rows_of(training.splits, at), training.accelerator, batch_size=256)
+        return training.classes(network, at, batch_size=256)
 
 
 @dataclass
@@ -260,10 +283,10 @@ class HeadProtocol:
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""
         training = self.training
-        with Seeded(seed):
+        with Seeded(seed, self.training.accelerator):
             network = training.to_device(self.build()).requires_grad_(True)
             training.on_images_(network, momentum_sgd(network, setting["lr"], 0.0), fit, share, seed)
-        return classes_of(network, rows_of(training.splits, at), training.accelerator, batch_size=256)
+        return training.classes(network, at, batch_size=256)
 
 
 @dataclass
@@ -321,7 +344,7 @@ class LatentProtocol:
 
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""
-        with Seeded(seed):
+        with Seeded(seed, self.training.accelerator):
             classifier = self.first_phase(fit, setting, share, seed)
         return latent_classes(classifier, self.table.at(at), self.training.accelerator, batch_size=256)
 
@@ -349,7 +372,7 @@ class FinetuneProtocol:
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""
         training = self.training
-        with Seeded(seed):
+        with Seeded(seed, self.training.accelerator):
             classifier = self.first.first_phase(fit, setting, share, seed)
             encoder = copy.deepcopy(self.first.encoder).requires_grad_(True)
             both = Together([
@@ -358,7 +381,7 @@ class FinetuneProtocol:
             ])  # fmt: skip
             network = training.to_device(nn.Sequential(encoder, classifier))
             training.on_images_(network, both, fit, share, seed)
-        return classes_of(network, rows_of(training.splits, at), training.accelerator, batch_size=encoder.batch_size)
+        return training.classes(network, at, batch_size=encoder.batch_size)
 
 
 def momentum_sgd(network: nn.Module, lr: float, weight_decay: float) -> SGD:

@@ -43,6 +43,7 @@ class CellResult:
     split: str
     accuracy: float
     class_accuracy: float
+    draws: int
     setting: dict[str, float]
     seconds: float
     predictions: Tensor
@@ -73,22 +74,25 @@ class Arms:
             cells.setdefault(result.labels, {}).setdefault(result.seed, {})[result.repeat] = result
         return Arms(cells)
 
-    def accuracies(self, labels: int) -> list[float]:
-        """Of every seed the mean over the runs."""
-        return [
-            statistics.mean(one.accuracy for one in of_seed.values())
-            for _, of_seed in sorted(self.cells[labels].items())
-        ]
+    def accuracies(self, labels: int, by: str = "accuracy") -> list[float]:
+        """Of every seed the mean over the runs; `by` "class_accuracy": of the classes' mean accuracies."""
+        by_seed = sorted(self.cells[labels].items())
+        return [statistics.mean(getattr(one, by) for one in of_seed.values()) for _, of_seed in by_seed]
 
-    def right(self, labels: int, seeds: Sequence[int], truth: Tensor) -> Tensor | None:
-        """`runs draws images` bool for these seeds; None where a cell is missing."""
-        of_seeds = [self.cells[labels].get(seed, {}) for seed in seeds]
+    def seeds(self, labels: int) -> set[int]:
+        """The choices of labels of which every run has its result."""
+        repeats = {repeat for of_seed in self.cells[labels].values() for repeat in of_seed}
+        return {seed for seed, of_seed in self.cells[labels].items() if repeats <= of_seed.keys()}
+
+    def planned(self, labels: int) -> int:
+        """How many choices of labels there are to be."""
+        return max(one.draws for of_seed in self.cells[labels].values() for one in of_seed.values())
+
+    def right(self, labels: int, seeds: Sequence[int], truth: Tensor) -> Tensor:
+        """`runs draws images` bool for these seeds, which every run has."""
         repeats = sorted({repeat for of_seed in self.cells[labels].values() for repeat in of_seed})
-        if any(repeat not in of_seed for of_seed in of_seeds for repeat in repeats) or not repeats:
-            return None
-        return torch.stack(
-            [torch.stack([of_seed[repeat].predictions == truth for of_seed in of_seeds]) for repeat in repeats]
-        )
+        cells = [[self.cells[labels][seed][repeat] for seed in seeds] for repeat in repeats]
+        return torch.stack([torch.stack([cell.predictions == truth for cell in of_run]) for of_run in cells])
 
 
 def curves_of(results: Sequence[CellResult]) -> dict[tuple[str, str], Arms]:
@@ -99,79 +103,94 @@ def curves_of(results: Sequence[CellResult]) -> dict[tuple[str, str], Arms]:
     return {name: Arms.of(mine) for name, mine in named.items()}
 
 
-def scratch_curves(curves: Mapping[tuple[str, str], Arms]) -> dict[str, dict[int, tuple[str, Arms]]]:
-    """For `BEST` and `SAME`: at each number of labels the protocol from scratch that does best, with its results."""
+def scratch_curves(
+    curves: Mapping[tuple[str, str], Arms], by: str = "accuracy"
+) -> dict[str, dict[int, tuple[str, Arms]]]:
+    """For `BEST` and `SAME`: at each number of labels the protocol from scratch that does best, with its results.
+
+    Of those with the most choices of labels done, since means over unlike choices do not compare: of all, at the end.
+    by: "accuracy" or "class_accuracy".
+    """
     allowed = {BEST: None, SAME: ("patches", "image")}
-    found: dict[str, dict[int, tuple[str, Arms]]] = {name: {} for name in allowed}
+    found: dict[str, dict[int, tuple[str, Arms]]] = {}
     for name, protocols in allowed.items():
-        for (method, protocol), arms in curves.items():
-            if method != SCRATCH or (protocols and protocol not in protocols):
-                continue
-            for labels in arms.cells:
-                before = found[name].get(labels)
-                mean = statistics.mean(arms.accuracies(labels))
-                if before is None or mean > statistics.mean(before[1].accuracies(labels)):
-                    found[name][labels] = (protocol, arms)
-    return {name: dict(sorted(curve.items())) for name, curve in found.items() if curve}
+        mine = {
+            protocol: arms
+            for (method, protocol), arms in curves.items()
+            if method == SCRATCH and (protocols is None or protocol in protocols)
+        }
+        for labels in sorted({labels for arms in mine.values() for labels in arms.cells}):
+            there = {protocol: arms for protocol, arms in mine.items() if labels in arms.cells}
+
+            def rank(protocol: str, there: dict[str, Arms] = there, labels: int = labels) -> tuple[int, float]:
+                accuracies = there[protocol].accuracies(labels, by)
+                return len(accuracies), statistics.mean(accuracies)
+
+            best = max(there, key=rank)
+            found.setdefault(name, {})[labels] = (best, there[best])
+    return found
 
 
 def savings_of(
-    curves: Mapping[tuple[str, str], Arms], truth: Tensor, weights: Tensor | None = None
+    curves: Mapping[tuple[str, str], Arms], truth: Tensor, *, per_class: bool = False
 ) -> list[dict[str, Any]]:
     """The label saving of every pre-trained arm at every number of labels, against both curves from scratch.
 
     Args:
         truth: `m` int64, the test images' classes.
-        weights: `m`, of the images, with a mean of 1; None = all alike.
+        per_class: by the mean accuracy of the classes, which also decides which protocol from scratch is the best.
     """
     rows = []
-    for against, scratch in scratch_curves(curves).items():
+    weights = balanced(truth) if per_class else None
+    for against, scratch in scratch_curves(curves, "class_accuracy" if per_class else "accuracy").items():
         for (method, protocol), arms in curves.items():
             if method == SCRATCH:
                 continue
             for labels in sorted(arms.cells):
-                interval = _saving(labels, arms, scratch, truth, weights)
-                if interval is not None:
-                    rows.append(_saving_row(method, protocol, labels, against, interval, arms))
+                seeds = common_seeds(arms, labels, scratch)
+                if seeds:
+                    interval = _saving(labels, arms, scratch, seeds, truth, weights)
+                    runs = max(len(of_seed) for of_seed in arms.cells[labels].values())
+                    named = {"method": method, "protocol": protocol, "labels": labels, "against": against}
+                    rows.append(named | _saving_row(interval) | {"draws": len(seeds), "runs": runs})
     return rows
 
 
+def common_seeds(arms: Arms, labels: int, scratch: Mapping[int, tuple[str, Arms]]) -> list[int]:
+    """The choices of labels that an arm and the whole scratch curve have; one that is the only planned one aside."""
+    seeds = arms.seeds(labels)
+    for count, (_, from_scratch) in scratch.items():
+        if from_scratch.planned(count) > 1:
+            seeds &= from_scratch.seeds(count)
+    return sorted(seeds)
+
+
 def _saving(
-    labels: int, arms: Arms, scratch: Mapping[int, tuple[str, Arms]], truth: Tensor, weights: Tensor | None
-) -> SavingInterval | None:
-    """None while a cell is missing."""
-    seeds = sorted(arms.cells[labels])
-    right = arms.right(labels, seeds, truth)
+    labels: int,
+    arms: Arms,
+    scratch: Mapping[int, tuple[str, Arms]],
+    seeds: Sequence[int],
+    truth: Tensor,
+    weights: Tensor | None,
+) -> SavingInterval:
     points: dict[int, Tensor] = {}
     for count, (_, from_scratch) in scratch.items():
-        drawn = sorted(from_scratch.cells[count])
-        # above a tenth of the labels there may be one draw: it stands for all
-        there = from_scratch.right(count, drawn if len(drawn) == 1 else seeds, truth)
-        if there is None:
-            return None
-        points[count] = there[0].expand(len(seeds), -1)
-    if right is None or not points:
-        return None
+        # above a tenth of the labels one choice may be planned: it stands for all
+        drawn = seeds if from_scratch.planned(count) > 1 else sorted(from_scratch.cells[count])[:1]
+        points[count] = from_scratch.right(count, drawn, truth)[0].expand(len(seeds), -1)
+    right = arms.right(labels, seeds, truth)
     if weights is not None:
         right, points = right * weights, {count: there * weights for count, there in points.items()}
     return saving_interval(labels, right, points)
 
 
-def _saving_row(
-    method: str, protocol: str, labels: int, against: str, interval: SavingInterval, arms: Arms
-) -> dict[str, Any]:
-    draws = arms.cells[labels]
+def _saving_row(interval: SavingInterval) -> dict[str, Any]:
+    """`saves`: whether the whole interval is above 1; censored at a bound below 1, nothing is known."""
     return {
-        "method": method,
-        "protocol": protocol,
-        "labels": labels,
-        "against": against,
         "saving": str(interval.saving),
         "low": str(interval.low),
         "high": str(interval.high),
-        "saves": interval.low.value > 1,
-        "draws": len(draws),
-        "runs": max(len(of_seed) for of_seed in draws.values()),
+        "saves": interval.low.value > 1 and interval.low.bound >= 1,
     }
 
 
@@ -261,7 +280,7 @@ def write_report(out: Path, results: Sequence[CellResult], truth: Tensor, about:
     curves = curves_of(results)
     savings = savings_of(curves, truth)
     uneven = len(torch.bincount(truth).unique()) > 1
-    per_class = savings_of(curves, truth, balanced(truth)) if uneven else []
+    per_class = savings_of(curves, truth, per_class=True) if uneven else []
     splits = {f"{result.amount}, seed {result.seed}": result.split for result in results}
     chosen = {
         name: {labels: protocol for labels, (protocol, _) in curve.items()}
@@ -324,7 +343,9 @@ def _report(
         "",
         *[f"- {note}" for note in about["notes"]],
         *[f"- one pre-training run of {name}: its intervals leave the luck of pre-training out" for name in few],
-        *[f"- failed: {name}: {wrong}" for name, wrong in about["failed"].items()],
+        *[f"- failed: {said}" for said in about["failed"]],
+        "- of a method's protocols the picture shows the one that does best on the test images, in its favour: all are"
+        " in the tables",
         "- the best from scratch is chosen at each number of labels on the test images, in its favour: "
         + ", ".join(f"{protocol} at {labels}" for labels, protocol in chosen.get(BEST, {}).items()),
         "",

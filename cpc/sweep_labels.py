@@ -2,7 +2,7 @@
 
 A grid of label counts, choices of labels, first weights and protocols, against the best of several networks and probes
 that start from nothing. Every cell is a file: the same command goes on where it was, on one machine or on many
-(`-m shard=0,1 shards=2 hydra/launcher=joblib`), and draws the curve again after each.
+(`-m shard=0,1 shards=2 hydra/launcher=joblib`), and draws the curve while it grows.
 
 This is an entry point. What is learned from few labels, and how, is in `cpc.label_protocols` and `cpc.label_bench`;
 what is made of the cells, in `cpc.label_report`.
@@ -29,11 +29,12 @@ from contrastive_core.evaluate.selection import LabelProtocol, Rows, selection_p
 from cpc.entry import build, check_complete, command, start_accelerator
 from cpc.evaluate import labelled
 from cpc.features import MODES, read_card
-from cpc.finetune import never_flips
+from cpc.finetune import run_augmentation
 from cpc.foreign import run_config, run_data
 from cpc.label_bench import (
     FROM_SCRATCH,
     FROZEN,
+    NETWORKS,
     OF_RUNS,
     Arm,
     Bench,
@@ -41,12 +42,15 @@ from cpc.label_bench import (
     Plan,
     choices_of,
     run_cell,
+    run_fingerprint,
     usable,
 )
-from cpc.label_protocols import Length, ProbeProtocol
+from cpc.label_protocols import Both, Length, ProbeProtocol
 from cpc.label_report import SCRATCH, read_results, write_report
 from cpc.run import plain
 from cpc.run_folder import MAY_CHANGE, differing_keys
+
+LEARNED_FROM_LABELS = ("Classifier", "Distill")
 
 REPORT_EVERY = 120
 """Seconds between two drawings of the curve while it grows: thousands of resamples each."""
@@ -70,6 +74,7 @@ class SweepSchema:
     mode: str | None
     readout: str
     steps: dict[str, Any]
+    scratch_times: float
     batch_size: int
     encodings: int
     head_layer: int
@@ -128,6 +133,13 @@ def check_asked(cfg: DictConfig) -> None:
     for name, length in cfg.steps.items():
         if not (1 <= length.least <= length.most and length.passes >= 0):
             raise ValueError(f"steps.{name}={dict(length)}: pass 1 <= least <= most, and passes of at least 0")
+    if cfg.scratch_times < 1:
+        raise ValueError(f"scratch_times={cfg.scratch_times}: pass at least 1, as many steps as both phases together")
+    most = max((len(cfg.settings[name]) for name in cfg.protocols if name in cfg.steps), default=1)
+    if set(cfg.scratch) & set(NETWORKS) and 0 < len(cfg.settings.scratch) < most:
+        raise ValueError(
+            f"settings.scratch has {len(cfg.settings.scratch)} settings, what is pre-trained up to {most}: pass as many"
+        )
     for name in {*cfg.protocols, *cfg.random, "scratch"}:
         if not cfg.settings.get(name):
             raise ValueError(f"settings.{name} has none: pass [{{...}}], one setting or more")
@@ -147,7 +159,16 @@ def grouped_runs(runs: Sequence[str]) -> dict[str, list[str]]:
     Example: two seeds of CPC and one SimCLR give {"CPC": [a, b], "SimCLR": [c]}; another CPC is "CPC 2".
     """
     groups: dict[str, list[str]] = {}
+    prints: dict[str, str] = {}
     for run in runs:
+        _, card = read_card(run)
+        if card.get("classifier") or card.get("method") in LEARNED_FROM_LABELS:
+            raise ValueError(
+                f"{run} has learned from labels ({card.get('method')}): pass runs that were pre-trained without"
+            )
+        twin = prints.setdefault(run_fingerprint(run), run)
+        if twin != run or runs.count(run) > 1:
+            raise ValueError(f"{run} and {twin} are the same run: pass each once")
         method = str(read_card(run)[1].get("method", "encoder"))
         names = [method, *(f"{method} {number}" for number in range(2, len(runs) + 1))]
         name = next(name for name in names if name not in groups or _repeats(groups[name][0], run))
@@ -190,8 +211,9 @@ def take_over_(cfg: DictConfig) -> None:
     cfg.load_size = cfg.load_size or fed.get("load_size") or fed["image_size"]
     if cfg.data is None:
         cfg.data = {**run_data(first), "size": "${load_size}"}
-    if cfg.augmentation.flip is None and never_flips(run_config(first)[1]):
-        cfg.augmentation.flip = 0.0
+    flips = [flip for run in cfg.runs if (flip := run_augmentation(run)["flip"]) is not None]
+    if cfg.augmentation.flip is None and flips:
+        cfg.augmentation.flip = min(flips)
     check_complete(cfg)
 
 
@@ -222,39 +244,56 @@ def write_cell(folder: Path, cell: Cell, result: dict[str, Any]) -> None:
     partial_file = written.with_suffix(f".{os.getpid()}.partial")
     partial_file.write_text(json.dumps(result) + "\n")
     partial_file.rename(written)
+    failure_file(folder, cell).unlink(missing_ok=True)
+
+
+def failure_file(folder: Path, cell: Cell) -> Path:
+    """Where it stands what went wrong with a cell, for the report, whichever process draws it."""
+    return (folder / cell.file).with_suffix(".failed")
 
 
 def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
     """How long each cell should take: a few steps, or one probe, of every arm are timed where its labels are fewest.
 
-    It is an estimate: a support vector machine's cost rises faster than its labels, and caches are filled on the way.
+    It is an estimate: a support vector machine's cost rises faster than its labels, and encoding is left out. An arm
+    that cannot be timed takes no time: its cells say what is wrong with it.
     """
     seconds: dict[Cell, float] = {}
     for arm in dict.fromkeys(cell.arm for cell in cells):
         mine = {cell: bench.choices[cell.amount, cell.seed].indices for cell in cells if cell.arm == arm}
         fewest = min(mine.values(), key=len)
-        protocol = bench.protocol(arm, fewest)
-        a_unit = trial_seconds(protocol, fewest) / protocol.cost(len(fewest))
-        for cell, labels in mine.items():
-            folds = len(selection_parts(bench.labels[labels]))
-            seconds[cell] = whole_trials(len(protocol.settings), folds) * protocol.cost(len(labels)) * a_unit
+        try:
+            protocol = bench.protocol(arm, fewest)
+            trial, image = timings(protocol, fewest)
+            seconds |= {
+                cell: whole_trials(len(protocol.settings), len(selection_parts(bench.labels[labels])))
+                * trial * protocol.cost(len(labels)) / protocol.cost(len(fewest))
+                + image * len(bench.test)
+                for cell, labels in mine.items()
+            }  # fmt: skip
+        except Exception:
+            seconds |= dict.fromkeys(mine, 0.0)
     return seconds
 
 
-def trial_seconds(protocol: LabelProtocol[Any], chosen: Tensor) -> float:
-    """Seconds of one whole trial, of a network by a few of its steps."""
+def timings(protocol: LabelProtocol[Any], chosen: Tensor) -> tuple[float, float]:
+    """Seconds of one whole trial, of a network by a few of its steps, and of classifying one image."""
 
-    def timed(share: float) -> float:
+    def timed(share: float, images: int = 1) -> float:
         began = time.perf_counter()
-        protocol.predict(chosen, Rows("train", chosen[:1]), protocol.settings[0], share, 0)
+        at = Rows("train", chosen.repeat(-(-images // len(chosen)))[:images])
+        protocol.predict(chosen, at, protocol.settings[0], share, 0)
         return time.perf_counter() - began
 
     timed(1e-9)  # what is done once: features, augmented copies
     if isinstance(protocol, ProbeProtocol):
-        return timed(1.0)
+        return timed(1.0), 0.0
+    image = max(0.0, timed(1e-9, 65) - timed(1e-9)) / 64
     steps = protocol.cost(len(chosen))
     short, longer = min(1.0, 4 / steps), min(1.0, 16 / steps)
-    return max(0.0, timed(longer) - timed(short)) / (longer - short) if longer > short else timed(1.0)
+    if longer <= short:
+        return timed(1.0), image
+    return max(0.0, timed(longer) - timed(short)) / (longer - short), image
 
 
 def duration(seconds: float) -> str:
@@ -281,6 +320,8 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> Iterator[tup
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             wrong = " ".join(f"{type(error).__name__}: {error}".split())
+            failure_file(folder, cell).parent.mkdir(parents=True, exist_ok=True)
+            failure_file(folder, cell).write_text(f"{cell}: {wrong}\n")
         took, expected = took + time.perf_counter() - began, expected + planned[cell]
         left = sum(planned[other] for other in order[place + 1 :]) * (took / expected if expected else 1.0)
         said = f"failed: {wrong}" if wrong else f"{result['accuracy']:.3f}"
@@ -293,9 +334,11 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> Iterator[tup
 # ---- the command ----
 
 
-def lengths_of(cfg: DictConfig) -> dict[str, Length]:
-    """How long every protocol trains."""
-    return {name: Length(int(each.least), each.passes, int(each.most)) for name, each in cfg.steps.items()}
+def lengths_of(cfg: DictConfig) -> dict[str, Length | Both]:
+    """How long every protocol trains: from scratch, and SimCLRv2's, as long as both phases of CPC's fine-tuning."""
+    phases = {name: Length(int(each.least), each.passes, int(each.most)) for name, each in cfg.steps.items()}
+    both = Both(tuple(phases.values()), cfg.scratch_times)
+    return {**phases, "scratch": both, "head": Both(tuple(phases.values()), 1.0)}
 
 
 def bench_of(cfg: DictConfig) -> Bench:
@@ -323,6 +366,7 @@ def sweep(cfg: DictConfig) -> Path:
     check_asked(cfg)
     take_over_(cfg)
     out, bench = Path(cfg.out), bench_of(cfg)
+    check_folder(out, bench)
     cells, folder = cells_of(cfg, bench), out / "cells"
     asked = {cell: bench.asked(cell) for cell in cells}
     missing = [cell for cell in cells if kept_result(folder, cell, asked[cell]) is None]
@@ -335,32 +379,39 @@ def sweep(cfg: DictConfig) -> Path:
     for cell, wrong in run_cells(bench, mine, folder) if mine else ():
         failed |= {str(cell): wrong} if wrong else {}
         if time.monotonic() > drawn + REPORT_EVERY:
-            _report(out, cells, bench, about, failed)
+            _report(out, cells, bench, about)
             drawn = time.monotonic()
-    _report(out, cells, bench, about, failed)
+    _report(out, cells, bench, about)
     if failed:
         print(f"{len(failed)} of {len(mine)} cells failed: the same command tries them again", file=sys.stderr)
         sys.exit(1)
     return out
 
 
-def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any], failed: dict[str, str]) -> None:
-    """Of all cells in the folder, of other commands too where they are of the same test images."""
-    files = [file for file in sorted((out / "cells").rglob("*.json")) if _same_test(file, bench)]
-    results = read_results(files)
+def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any]) -> None:
+    """Of all cells in the folder, other commands' and other shards' too."""
+    results = read_results(sorted((out / "cells").rglob("*.json")))
     if results:
         features = {
             "encoded": sum(table.encoded for table in bench.tables.values()),
             "seconds": round(sum(table.seconds for table in bench.tables.values()), 1),
         }
+        failed = [file.read_text().strip() for file in sorted((out / "cells").rglob("*.failed"))]
         missing = sum(not (out / "cells" / cell.file).is_file() for cell in cells)
         about = {**about, "cells": len(results) + missing, "features": features, "failed": failed}
         write_report(out, results, bench.test.labels, about)
 
 
-def _same_test(file: Path, bench: Bench) -> bool:
-    same: bool = json.loads(file.read_text())["asked"]["test"] == bench.test_digest
-    return same
+def check_folder(out: Path, bench: Bench) -> None:
+    """Raise ValueError where cells in the folder were made of other images or in another way than these would be.
+
+    A second command may add arms and label counts, which go into one curve.
+    """
+    shared = json.loads(json.dumps(bench.shared))
+    for written in sorted((out / "cells").rglob("*.json")):
+        differing = differing_keys(shared, json.loads(written.read_text())["shared"])
+        if differing:
+            raise ValueError(f"{written} was made with another {', '.join(differing)}: pass another out, or remove it")
 
 
 def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
@@ -369,14 +420,10 @@ def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
     doubles = len(test_ids & set(bench.ids.tolist()))
     probed = [run for run in cfg.runs if (run_config(run)[1].get("probe_every") or 0) > 0]
     said = []
-    lengths = lengths_of(cfg)
-    both = [lengths["classifier"], lengths["finetune"]]
-    if any(scratch < sum(phases) for scratch, *phases in zip(lengths["scratch"], *both, strict=True)):
-        said.append("networks from scratch train for fewer steps than both phases of fine-tuning together")
-    if len(cfg.settings.scratch) < len(cfg.settings.finetune):
-        said.append("networks from scratch are tried with fewer settings than fine-tuning")
     if doubles:
-        said.append(f"{doubles} test images are among the training images, byte by byte")
+        said.append(
+            f"{doubles} test images are among the training images, by their bytes, or by the ends of their paths"
+        )
     if probed:
         watched = ", ".join(probed)
         said.append(f"a kNN probe with labels of training images watched pre-training, for its log alone: {watched}")

@@ -187,9 +187,9 @@ def test_the_demo_needs_labelled_test_images_before_it_starts(compose, tmp_path)
 
 
 def test_the_demo_ends_with_a_table_and_pictures(compose, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        cpc.demo, "ONE_POINT", [*cpc.demo.ONE_POINT, "steps.classifier.least=2", "steps.finetune.least=2"]
-    )
+    short = ["steps.classifier.least=2", "steps.finetune.least=2"]
+    for part in ("FROZEN", "ONE_POINT"):
+        monkeypatch.setattr(cpc.demo, part, [*getattr(cpc.demo, part), *short])
     folder = demo(compose(*TINY, f"run_dir={tmp_path / 'run'}"))
     printed = capsys.readouterr().out
     rows = json.loads((folder / "evaluation.json").read_text())["rows"]

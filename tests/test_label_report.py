@@ -43,6 +43,7 @@ def cell(
     *,
     seed: int = 0,
     repeat: int = 0,
+    draws: int = 9,
     truth: Tensor = TRUTH,
 ) -> CellResult:
     """Right on the first so many test images, or on those named, and on no other."""
@@ -59,6 +60,7 @@ def cell(
         split=f"digest{labels}{seed}",
         accuracy=correct.double().mean().item(),
         class_accuracy=torch.stack([correct[truth == label].double().mean() for label in truth.unique()]).mean().item(),
+        draws=draws,
         setting={"lr": 0.1},
         seconds=1.5,
         predictions=truth + ~correct,
@@ -205,24 +207,25 @@ def test_runs_and_draws_are_counted_and_averaged_over():
     assert right.sum(2).tolist() == [[14, 14], [26, 26]]
 
 
-def test_a_missing_cell_leaves_that_saving_out_and_no_other():
+def test_a_missing_cell_leaves_its_draw_out_and_no_other():
     runs = [
         cell("CPC", "linear", labels, 20, seed=seed, repeat=repeat)
         for labels in (10, 40)
         for seed in (0, 1)
         for repeat in (0, 1)
     ]
-    assert list(found([*scratch(0, 1), *runs])) == [10, 40]
+    assert {labels: row["draws"] for labels, row in found([*scratch(0, 1), *runs]).items()} == {10: 2, 40: 2}
     for gone in range(4):
-        assert list(found([*scratch(0, 1), *runs[:gone], *runs[gone + 1 :]])) == [40]
+        rows = found([*scratch(0, 1), *runs[:gone], *runs[gone + 1 :]])
+        assert {labels: row["draws"] for labels, row in rows.items()} == {10: 1, 40: 2}
     assert found(runs) == {}
-    assert Arms.of(runs[:3]).right(10, [0, 1], TRUTH) is None
-    assert Arms.of(runs).right(10, [0, 1, 2], TRUTH) is None
+    assert found([*scratch(2), *runs]) == {}, "not one draw in common"
+    assert Arms.of(runs[:3]).seeds(10) == {0}
 
 
 def test_one_draw_of_many_labels_stands_for_all_draws_of_few():
     """From 160 labels on there is one draw from scratch: draws of 10 labels that are as good as it save 16."""
-    one_above = [one for one in scratch(0, 1, 2) if one.labels < 160 or one.seed == 0]
+    one_above = [one for one in scratch(0, 1, 2) if one.labels < 160] + [cell(SCRATCH, "cnn", 160, 32, draws=1)]
     few = [cell("CPC", "linear", 10, 32, seed=seed) for seed in (0, 1, 2)]
     many = cell("CPC", "linear", 160, 32)
     rows = found([*one_above, *few, many])
@@ -270,9 +273,7 @@ def uneven_cells() -> list[CellResult]:
 
 def test_savings_by_the_mean_over_classes():
     """Right on 20 of 40 is as many as scratch with 40 labels; on 14 / 30 and 6 / 10 of the classes, more."""
-    plain, weighted = (
-        found(uneven_cells(), truth=UNEVEN, **options)[10] for options in ({}, {"weights": balanced(UNEVEN)})
-    )
+    plain, weighted = (found(uneven_cells(), truth=UNEVEN, **options)[10] for options in ({}, {"per_class": True}))
     assert plain["saving"] == "4.0"
     share = ((14 / 30 + 6 / 10) / 2 - 0.5) / 0.3
     assert float(weighted["saving"]) == pytest.approx(4 * 4**share, abs=0.05) != 4
@@ -335,10 +336,10 @@ ABOUT: dict[str, Any] = {
     "torch": "9.9.9",
     "notes": ["a note"],
     "cells": 12,
-    "failed": {"CPC 0, svm: labels=10, seed 1": "ValueError: no such thing"},
+    "failed": ["CPC 0, svm: labels=10, seed 1: ValueError: no such thing"],
 }
 COLUMNS = ["method", "protocol", "repeat", "amount", "labels", "fraction", "seed", "split", "accuracy"]
-COLUMNS += ["class_accuracy", "setting", "seconds"]
+COLUMNS += ["class_accuracy", "draws", "setting", "seconds"]
 
 
 def test_the_report_is_four_files(tmp_path: Path):
@@ -424,9 +425,28 @@ def test_a_report_of_the_first_cells_has_no_savings_yet(tmp_path: Path, results)
     assert json.loads((tmp_path / "summary.json").read_text())["savings"] == []
 
 
-def test_a_curve_that_lacks_a_draw_gives_no_saving_for_it_and_ends_nothing():
+def test_a_curve_that_lacks_a_draw_is_compared_on_the_others():
     pretrained = [cell("CPC", "linear", 10, 20, seed=seed) for seed in (0, 1, 2)]
     without_one = [each for each in scratch(0, 1, 2) if (each.labels, each.seed) != (40, 1)]
-    assert not savings_of(curves_of([*without_one, *pretrained]), TRUTH)
-    one_draw_above = [*scratch(1, 2), cell(SCRATCH, "patches", 1000, 36, seed=0), *pretrained[1:]]
-    assert savings_of(curves_of(one_draw_above), TRUTH)
+    assert found([*without_one, *pretrained])[10]["draws"] == 2
+    one_draw_above = [*scratch(1, 2), cell(SCRATCH, "patches", 1000, 36, seed=0, draws=1), *pretrained[1:]]
+    assert found(one_draw_above)[10]["draws"] == 2
+
+
+def test_what_is_beyond_the_curve_from_scratch_is_not_said_to_save():
+    beyond = found([*scratch(0), cell("CPC", "linear", 1000, 40)])[1000]
+    assert (beyond["saving"], beyond["saves"]) == ("> 0.16", False)
+
+
+def test_the_best_by_class_is_what_classes_are_compared_with():
+    """A protocol that says the larger class to everything is the best by images, and not by classes."""
+    truth = torch.repeat_interleave(torch.arange(2), torch.tensor([30, 10]))
+    results = []
+    for labels, share in {10: 0, 40: 1}.items():
+        results.append(cell(SCRATCH, "svm", labels, range(30), truth=truth))
+        results.append(cell(SCRATCH, "cnn", labels, [*range(18 + share), *range(30, 36 + share)], truth=truth))
+    results.append(cell("CPC", "linear", 10, [*range(18), *range(30, 36)], truth=truth))
+    curves = curves_of(results)
+    assert scratch_curves(curves)[BEST][10][0] == "svm"
+    (row,) = [row for row in savings_of(curves, truth, per_class=True) if row["against"] == BEST]
+    assert row["saving"] == "1.0"

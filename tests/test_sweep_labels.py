@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import hydra
 import pytest
@@ -205,9 +206,18 @@ def test_a_cell_that_breaks_is_told_and_does_not_stop_the_rest(configured, tmp_p
     report = tmp_path / "out/report.md"
     assert "failed: CPC linear: labels=20, seed 1: RuntimeError: out of luck" in report.read_text()
     assert len(files(tmp_path / "out")) == 6
+    sweep(configured(*QUICK, "labels=[100]"))  # another process draws the report: what failed stands there still
+    assert report.read_text().count("failed: CPC linear") == 2
     sweep(configured(*QUICK))
-    assert len(files(tmp_path / "out")) == 8
+    assert len(files(tmp_path / "out")) == 8 + 4
     assert "failed" not in report.read_text()
+
+
+def test_an_arm_that_cannot_even_be_timed_does_not_stop_the_rest(configured, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweep(configured(*QUICK, "settings.linear=[{cells:99}]"))
+    assert len(files(tmp_path / "out")) == 4
+    assert "into 99 x 99 cells" in (tmp_path / "out/report.md").read_text()
 
 
 def test_cells_of_another_making_are_refused(configured, tmp_path):
@@ -218,7 +228,9 @@ def test_cells_of_another_making_are_refused(configured, tmp_path):
     with pytest.raises(ValueError, match="was made with another encoder"):
         sweep(configured(*QUICK, use=slice(1, 2)))
     assert files(tmp_path / "out") == before
-    sweep(configured(*QUICK, "steps.classifier.most=7", "seeds=3"))  # nothing that these cells depend on
+    with pytest.raises(ValueError, match=r"was made with another steps\.classifier, steps\.head, steps\.scratch"):
+        sweep(configured(*QUICK, "steps.classifier.most=7", "steps.classifier.least=7", "labels=[100]"))
+    sweep(configured(*QUICK, "classifier.width=8", "seeds=3"))  # nothing that these cells depend on
     assert len(files(tmp_path / "out")) == 12
 
 
@@ -364,6 +376,9 @@ def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
         (["labels=[20]", "precision=fp16"], "precision=fp16: pass precision=bf16"),
         (["labels=[20]", "steps.finetune.least=0"], "steps.finetune=.*: pass 1 <= least <= most"),
         (["labels=[20]", "settings.linear=[]"], "settings.linear has none"),
+        (["labels=[20]", "scratch_times=0.5"], "scratch_times=0.5: pass at least 1"),
+        (["labels=[20]", "settings.scratch=[{lr:1e-3,weight_decay:0.0}]"], "settings.scratch has 1 settings"),
+        (["labels=[20]", "labels_per_class=[2]"], "labels_per_class=2 and labels=20 are 20 labels both"),
         (["labels=[20]", "protocols=[head]"], "none of the runs has a projection head: leave it out"),
     ],
 )
@@ -389,6 +404,29 @@ def test_runs_that_differ_in_more_than_the_seed_are_two_methods(runs, tmp_path):
     assert grouped_runs([str(runs[0]), str(other), str(runs[1])]) == {
         "CPC": [str(runs[0]), str(runs[1])], "CPC 2": [str(other)]
     }  # fmt: skip
+
+
+def test_runs_that_have_learned_from_labels_or_stand_there_twice_are_refused(runs, tmp_path):
+    with pytest.raises(ValueError, match="are the same run: pass each once"):
+        grouped_runs([str(runs[0]), str(runs[0])])
+    copied = tmp_path / "copied"
+    shutil.copytree(runs[0], copied)
+    with pytest.raises(ValueError, match="are the same run: pass each once"):
+        grouped_runs([str(runs[0]), str(copied)])
+    card = json.loads((copied / "encoder.json").read_text())
+    for learned in ({"method": "Classifier"}, {"method": "Distill"}, {"classifier": {"class_names": ["a"]}}):
+        (copied / "encoder.json").write_text(json.dumps(card | learned))
+        with pytest.raises(ValueError, match="has learned from labels"):
+            grouped_runs([str(copied)])
+
+
+def test_nothing_is_flipped_that_a_run_did_not_flip(configured, runs):
+    for use, overrides, flip in (
+        (slice(0, 1), [], 0.0), (slice(2, 3), [], 0.0), (slice(2, 3), ["augmentation.flip=0.3"], 0.3)
+    ):  # fmt: skip
+        cfg = configured("labels=[20]", *overrides, use=use)
+        take_over_(cfg)
+        assert cfg.augmentation.flip == flip
 
 
 def test_fewer_seeds_above_a_tenth_and_choices_that_are_nested():
@@ -434,7 +472,7 @@ def test_a_plan_is_told_in_time_for_every_cell(configured):
     assert all(seconds >= 0 for seconds in planned.values())
     # 40 labels of 4 a class are judged in three folds, 20 in two
     few, more = (Cell(Arm("CPC", "finetune", str(cfg.runs[0])), LabelAmount("labels", n), 0) for n in (20, 40))
-    assert planned[more] == pytest.approx(planned[few] * 7 / 5)
+    assert planned[more] > planned[few]
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (90, "90 s"), (600, "10 min"), (7200, "2.0 h")])
@@ -491,14 +529,11 @@ def test_more_labels_train_longer_up_to_a_bound(labels, steps):
     assert Length(300, 10, 2000).steps(labels, 32) == steps
 
 
-def test_from_scratch_is_trained_as_long_as_both_phases_or_the_report_says_so(configured, tmp_path):
-    lengths = lengths_of(composed("sweep_labels", "runs=[a]", "out=b"))
-    for labels in (10, 100, 993, 1000, 1011, 10_000, 100_000):
+def test_from_scratch_is_trained_as_long_as_both_phases_at_any_number_of_labels():
+    lengths = lengths_of(composed("sweep_labels", "runs=[a]", "out=b", "steps.finetune.passes=50"))
+    for labels in (10, 200, 640, 700, 800, 850, 993, 1000, 1011, 10_000, 100_000):
         phases = [lengths[name].steps(labels, 32) for name in ("classifier", "finetune")]
-        assert lengths["scratch"].steps(labels, 32) >= sum(phases)
-    sweep(configured(*QUICK))
-    assert "fewer steps" not in (tmp_path / "out/report.md").read_text()
-    sweep(configured(*QUICK, "steps.scratch.least=2", "settings.scratch=[{lr:1e-3,weight_decay:0.0}]"))
-    report = (tmp_path / "out/report.md").read_text()
-    assert "networks from scratch train for fewer steps than both phases of fine-tuning together" in report
-    assert "networks from scratch are tried with fewer settings than fine-tuning" in report
+        assert lengths["scratch"].steps(labels, 32) == sum(phases)
+    twice = lengths_of(composed("sweep_labels", "runs=[a]", "out=b", "scratch_times=2"))
+    assert twice["scratch"].steps(40, 32) == 800
+    assert twice["head"].steps(40, 32) == 400
