@@ -317,7 +317,7 @@ def build_contexts(card: dict[str, Any]) -> Contexts:
     try:
         networks = {name: ContextNetwork(**arguments) for name, arguments in described["networks"].items()}
         return Contexts(nn.ModuleDict(networks), {d: str(described["context_of"][d]) for d in described["context_of"]})
-    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"encoder.json describes context networks that cannot be built: {error!r}") from error
 
 
