@@ -17,7 +17,7 @@ from contrastive_core.data import ImageDataset, LabelAmount, Splits, mnist5k, sa
 from contrastive_core.evaluate.selection import choose_setting
 from cpc import label_bench
 from cpc.configs import config_folder
-from cpc.label_bench import Arm, Cell, choices_of, usable
+from cpc.label_bench import Arm, Cell, choices_of, run_fingerprint, usable
 from cpc.label_protocols import Length
 from cpc.pretrain import pretrain
 from cpc.sweep_labels import (
@@ -232,6 +232,38 @@ def test_cells_of_another_making_are_refused(configured, tmp_path):
         sweep(configured(*QUICK, "steps.classifier.most=7", "steps.classifier.least=7", "labels=[100]"))
     sweep(configured(*QUICK, "classifier.width=8", "seeds=3"))  # nothing that these cells depend on
     assert len(files(tmp_path / "out")) == 12
+
+
+def test_a_cell_knows_all_that_it_depends_on(bench, runs, tmp_path):
+    """Of what may change between two commands in a folder, each arm is asked about what it reads and nothing else."""
+    made = bench("labels=[20]", "seeds=1")
+    assert {"views", "cnn", "precision", "train", "test", "steps", "batch_size", "pixels"} == set(made.shared)
+    for protocol in ("linear", "classifier", "finetune"):
+        arm = Arm("CPC", protocol, str(runs[0]))
+        assert {"encoder", "mode", "readout", "settings", "split"} <= set(
+            made.asked(Cell(arm, LabelAmount("labels", 20), 0))
+        )
+    cnn = made.asked(Cell(Arm("scratch", "cnn", str(runs[0])), LabelAmount("labels", 20), 0))
+    assert not {"mode", "readout", "encodings"} & set(cnn)
+    before, copied = run_fingerprint(str(runs[0])), tmp_path / "copied"
+    for name in ("encoder.json", "encoder.safetensors", "context.safetensors"):
+        shutil.copytree(runs[0], copied)
+        assert run_fingerprint.__wrapped__(str(copied)) == before
+        (copied / name).write_bytes((copied / name).read_bytes() + b" ")
+        assert run_fingerprint.__wrapped__(str(copied)) != before
+        shutil.rmtree(copied)
+
+
+def test_contexts_are_read_out_of_cpc_alone(bench, runs):
+    made = bench("labels=[20]", "seeds=1", "readout=context", use=slice(0, 3))
+    assert (
+        made.encoder(Arm("CPC", "linear", str(runs[0]))).grid_dim
+        == 5 * made.encoder(Arm("SimCLR", "linear", str(runs[2]))).grid_dim
+    )
+    for method, protocol in (("CPC", "finetune"), ("scratch", "patches"), ("random", "linear")):
+        cell = Cell(Arm(method, protocol, str(runs[0])), LabelAmount("labels", 20), 0)
+        assert made.asked(cell)["readout"] == "context"
+        assert len(label_bench.run_cell(made, cell)["predictions"]) == 1000
 
 
 def test_shards_share_the_cells_and_either_draws_the_curve(configured, tmp_path):
