@@ -96,14 +96,14 @@ def draw_pictures(run_dir: Path, splits: Splits, *, per_class: int = 10) -> list
     return paths
 
 
-CURVE = (2, 4, 10, 20, 40)
+CURVE = (2, 4, 10, 20)
 """Labels a class of the frozen features' curve."""
 POINT = 4
 """Labels a class of the fine-tuned point."""
 
-FROZEN = ["seeds=3", "protocols=[linear]", "scratch=[logistic,svm]", "settings.linear=[{cells:2}]"]
+FROZEN = ["seeds=3", "readout=grid", "protocols=[linear]", "scratch=[logistic,svm]", "settings.linear=[{cells:2}]"]
 ONE_POINT = [
-    "seeds=1", "protocols=[finetune]", "scratch=[cnn]", "random=[]",
+    "seeds=1", "readout=context", "protocols=[finetune]", "scratch=[cnn]", "random=[]",
     "settings.finetune=[{lr:0.1,weight_decay:1e-3,encoder_lr:5e-4}]", "settings.scratch=[{lr:2e-3,weight_decay:0.05}]",
 ]  # fmt: skip
 """With settings that were fixed beforehand: choosing takes five times as long, and is what `make label-curve` does."""
@@ -115,7 +115,7 @@ def label_curve(run_dir: Path, cfg: DictConfig, splits: Splits) -> Path:
     with config_search():
         parts = [hydra.compose("sweep_labels", overrides) for overrides in (FROZEN, ONE_POINT)]
     for part, counts in zip(parts, (CURVE, (POINT,)), strict=True):
-        part.runs, part.out, part.readout = [str(run_dir)], str(run_dir / "labels"), "context"
+        part.runs, part.out = [str(run_dir)], str(run_dir / "labels")
         part.labels_per_class = [count for count in counts if count <= fewest]
         part.device, part.threads, part.precision = cfg.device, cfg.threads, cfg.precision
         if part.labels_per_class:
