@@ -108,7 +108,7 @@ def scratch_curves(
 ) -> dict[str, dict[int, tuple[str, Arms]]]:
     """For `BEST` and `SAME`: at each number of labels the protocol from scratch that does best, with its results.
 
-    Of those with the most choices of labels done, since means over unlike choices do not compare: of all, at the end.
+    Those of which all planned choices of labels are done go before the others, whose means may be of lucky ones.
     by: "accuracy" or "class_accuracy".
     """
     allowed = {BEST: None, SAME: ("patches", "image")}
@@ -122,9 +122,10 @@ def scratch_curves(
         for labels in sorted({labels for arms in mine.values() for labels in arms.cells}):
             there = {protocol: arms for protocol, arms in mine.items() if labels in arms.cells}
 
-            def rank(protocol: str, there: dict[str, Arms] = there, labels: int = labels) -> tuple[int, float]:
-                accuracies = there[protocol].accuracies(labels, by)
-                return len(accuracies), statistics.mean(accuracies)
+            def rank(protocol: str, there: dict[str, Arms] = there, labels: int = labels) -> tuple[bool, float]:
+                arms = there[protocol]
+                whole = len(arms.seeds(labels)) >= arms.planned(labels)
+                return whole, statistics.mean(arms.accuracies(labels, by))
 
             best = max(there, key=rank)
             found.setdefault(name, {})[labels] = (best, there[best])

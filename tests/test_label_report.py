@@ -450,3 +450,10 @@ def test_the_best_by_class_is_what_classes_are_compared_with():
     assert scratch_curves(curves)[BEST][10][0] == "svm"
     (row,) = [row for row in savings_of(curves, truth, per_class=True) if row["against"] == BEST]
     assert row["saving"] == "1.0"
+
+
+def test_one_planned_draw_of_a_better_network_is_not_hidden_by_many_of_a_worse():
+    pixels = [cell(SCRATCH, "svm", 40, 20, seed=seed, draws=3) for seed in (0, 1, 2)]
+    network = cell(SCRATCH, "cnn", 40, 36, draws=1)
+    unfinished = cell(SCRATCH, "image", 40, 40, draws=3)
+    assert scratch_curves(curves_of([*pixels, network, unfinished]))[BEST][40][0] == "cnn"
