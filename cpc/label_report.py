@@ -246,17 +246,37 @@ def draw(path: Path, curves: Mapping[tuple[str, str], Arms], savings: Sequence[M
         )
     arrows = []
     for method in dict.fromkeys(method for method, _ in curves if method != SCRATCH):
-        protocol = best_protocol(curves, method)
-        arms = curves[method, protocol]
-        points = {labels: arms.accuracies(labels) for labels in sorted(arms.cells)}
-        drawn.append(Curve(f"{method}, {protocol}", points))
-        if method != "random":
-            arrows += [
-                SavingArrow(row["labels"], statistics.mean(points[row["labels"]]), row["saving"], len(drawn) - 1)
-                for row in savings
-                if (row["method"], row["protocol"], row["against"]) == (method, protocol, BEST)
-            ]
+        for protocol in shown_protocols(curves, method):
+            arms = curves[method, protocol]
+            points = {labels: arms.accuracies(labels) for labels in sorted(arms.cells)}
+            drawn.append(Curve(f"{method}, {protocol}", points))
+            if method != "random":
+                arrows += [
+                    SavingArrow(row["labels"], statistics.mean(points[row["labels"]]), row["saving"], len(drawn) - 1)
+                    for row in savings
+                    if (row["method"], row["protocol"], row["against"]) == (method, protocol, BEST)
+                ]
     save_figure(label_figure(drawn, arrows), path)
+
+
+def shown_protocols(curves: Mapping[tuple[str, str], Arms], method: str) -> list[str]:
+    """The best protocol of a method, and that of fewer label counts which is most above it at one of them, if any."""
+    best = best_protocol(curves, method)
+    line = curves[method, best]
+
+    def gain(arms: Arms) -> float:
+        shared = arms.cells.keys() & line.cells.keys()
+        return max(
+            (statistics.mean(arms.accuracies(n)) - statistics.mean(line.accuracies(n)) for n in shared), default=0.0
+        )
+
+    fewer = {
+        protocol: gain(arms)
+        for (name, protocol), arms in curves.items()
+        if name == method and len(arms.cells) < len(line.cells)
+    }
+    above = max(fewer, key=lambda protocol: fewer[protocol], default=best)
+    return [best, above] if fewer.get(above, 0.0) > 0 else [best]
 
 
 def best_protocol(curves: Mapping[tuple[str, str], Arms], method: str) -> str:

@@ -28,6 +28,7 @@ from cpc.label_report import (
     read_results,
     savings_of,
     scratch_curves,
+    shown_protocols,
     write_report,
 )
 
@@ -457,3 +458,11 @@ def test_one_planned_draw_of_a_better_network_is_not_hidden_by_many_of_a_worse()
     network = cell(SCRATCH, "cnn", 40, 36, draws=1)
     unfinished = cell(SCRATCH, "image", 40, 40, draws=3)
     assert scratch_curves(curves_of([*pixels, network, unfinished]))[BEST][40][0] == "cnn"
+
+
+def test_a_point_above_the_line_is_shown_beside_it():
+    line = [cell("CPC", "linear", labels, 20 + labels // 10) for labels in (10, 40, 160)]
+    assert shown_protocols(curves_of(line), "CPC") == ["linear"]
+    above = cell("CPC", "finetune", 40, 30)
+    assert shown_protocols(curves_of([*line, above, cell("CPC", "knn", 40, 26)]), "CPC") == ["linear", "finetune"]
+    assert shown_protocols(curves_of([*line, cell("CPC", "knn", 40, 20)]), "CPC") == ["linear"]
