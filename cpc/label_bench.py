@@ -43,16 +43,17 @@ from cpc.label_protocols import (
     Both,
     FeatureTable,
     FinetuneProtocol,
-    HeadProtocol,
     LatentProtocol,
     Length,
+    NetworkProtocol,
     Probe,
     ProbeProtocol,
-    ScratchProtocol,
     Training,
+    adamw,
     linear,
     logistic,
     nearest,
+    sgd,
     svm,
 )
 from cpc.label_report import SCRATCH
@@ -266,9 +267,9 @@ class Bench:
         if arm.protocol in probes:
             return ProbeProtocol(self.table(arm), self.labels, probes[arm.protocol], settings)
         if arm.method == SCRATCH:
-            return ScratchProtocol(self.training("scratch"), partial(self.fresh, arm), settings)
+            return NetworkProtocol(self.training("scratch"), partial(self.fresh, arm), adamw, settings)
         if arm.protocol == "head":
-            return HeadProtocol(self.training("head"), partial(self.with_head, arm.run), settings)
+            return NetworkProtocol(self.training("head"), partial(self.with_head, arm.run), sgd, settings)
         encoder = self.encoder(arm)
         first = LatentProtocol(
             self.training("classifier"),

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -224,31 +225,26 @@ class Training:
         return network.to(self.accelerator.device).to(memory_format=torch.channels_last)
 
 
-class Seeded:
-    """A context with torch's generators at a seed, the CPU's and the accelerator's, and as they were afterwards."""
-
-    def __init__(self, seed: int, accelerator: Accelerator) -> None:
-        cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
-        self.seed, self.fork = seed, torch.random.fork_rng(devices=cuda)
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
+@contextmanager
+def seeded(seed: int, accelerator: Accelerator) -> Iterator[None]:
+    """torch's generators at a seed, the CPU's and the accelerator's, and as they were afterwards."""
+    cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        yield
 
 
 @dataclass
-class ScratchProtocol:
-    """A network from random weights, all of it trained together by AdamW.
+class NetworkProtocol:
+    """A network that is trained as a whole, from random weights or from a run's.
 
-    build: makes the network: images `b 3 h w` in [0, 1] -> logits.
-    settings: "lr", "weight_decay".
+    build: makes the network with its first weights: images `b 3 h w` in [0, 1] -> logits.
+    optimizer: of a network, for a setting: `adamw` from scratch, `sgd` for SimCLRv2's fine-tuning.
     """
 
     training: Training
     build: Callable[[], nn.Module]
+    optimizer: Callable[[nn.Module, Setting], Optimizer]
     settings: Sequence[Setting]
 
     def cost(self, labels: int) -> float:
@@ -258,35 +254,20 @@ class ScratchProtocol:
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""
         training = self.training
-        with Seeded(seed, self.training.accelerator):
+        with seeded(seed, training.accelerator):
             network = training.to_device(self.build())
-            optimizer = AdamW(parameter_groups(network), lr=setting["lr"], weight_decay=setting["weight_decay"])
-            training.on_images_(network, optimizer, fit, share, seed)
+            training.on_images_(network, self.optimizer(network, setting), fit, share, seed)
         return training.classes(network, at, batch_size=256)
 
 
-@dataclass
-class HeadProtocol:
-    """SimCLRv2's fine-tuning: a pre-trained network with the first layers of its head, all of it by SGD.
+def adamw(network: nn.Module, setting: Setting) -> Optimizer:
+    """AdamW at `setting["lr"]` and `setting["weight_decay"]`; biases and norms do not decay."""
+    return AdamW(parameter_groups(network), lr=setting["lr"], weight_decay=setting["weight_decay"])
 
-    build: makes the network with its pre-trained weights. settings: "lr".
-    """
 
-    training: Training
-    build: Callable[[], nn.Module]
-    settings: Sequence[Setting]
-
-    def cost(self, labels: int) -> float:
-        """As `LabelProtocol.cost`."""
-        return self.training.steps_for(labels)
-
-    def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
-        """As `LabelProtocol.predict`."""
-        training = self.training
-        with Seeded(seed, self.training.accelerator):
-            network = training.to_device(self.build()).requires_grad_(True)
-            training.on_images_(network, momentum_sgd(network, setting["lr"], 0.0), fit, share, seed)
-        return training.classes(network, at, batch_size=256)
+def sgd(network: nn.Module, setting: Setting) -> Optimizer:
+    """SGD with momentum at `setting["lr"]`, without decay."""
+    return momentum_sgd(network, setting["lr"], 0.0)
 
 
 @dataclass
@@ -344,7 +325,7 @@ class LatentProtocol:
 
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""
-        with Seeded(seed, self.training.accelerator):
+        with seeded(seed, self.training.accelerator):
             classifier = self.first_phase(fit, setting, share, seed)
         return latent_classes(classifier, self.table.at(at), self.training.accelerator, batch_size=256)
 
@@ -372,7 +353,7 @@ class FinetuneProtocol:
     def predict(self, fit: Tensor, at: Rows, setting: Setting, share: float, seed: int) -> Tensor:
         """As `LabelProtocol.predict`."""
         training = self.training
-        with Seeded(seed, self.training.accelerator):
+        with seeded(seed, self.training.accelerator):
             classifier = self.first.first_phase(fit, setting, share, seed)
             encoder = copy.deepcopy(self.first.encoder).requires_grad_(True)
             both = Together([
