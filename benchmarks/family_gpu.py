@@ -168,7 +168,7 @@ def measure(part: str, done: dict[str, Any], arguments: argparse.Namespace) -> A
         return views_per_second(splits.train, arguments.batch, arguments.timed)
     if part in WAY:
         return images_per_second(splits.train, arguments.batch, arguments.timed, **WAY[part])
-    fastest = max(WAY, key=lambda name: done[name])
+    fastest = max((name for name in WAY if name in done), key=lambda name: done[name])
     return {"way": fastest, **train(splits, arguments.batch, arguments.seconds, done[fastest], **WAY[fastest])}
 
 
@@ -182,15 +182,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--timed", type=int, default=40, help="steps of each part of the way")
     parser.add_argument("--images", type=int, default=None, help="fewer training and test images, to try it out")
-    parser.add_argument("--part", default=None, help="one part only; without it all, a process each")
+    parser.add_argument("--part", action="append", help="only these parts; without it all")
+    parser.add_argument("--here", action="store_true", help="in this process, which is for one part")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    for part in [arguments.part] if arguments.part else ["views alone", *WAY, "run"]:
+    for part in arguments.part or ["views alone", *WAY, "run"]:
         done: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
         if part in done:
             continue
-        if not arguments.part:
-            subprocess.run([sys.executable, *sys.argv, "--part", part], check=True)
+        if not arguments.here:
+            options = ["--out", str(out), "--train", str(arguments.train), "--test", str(arguments.test)]
+            options += [f"--{name}={getattr(arguments, name)}" for name in ("seconds", "batch", "timed")]
+            options += [] if arguments.images is None else [f"--images={arguments.images}"]
+            subprocess.run([sys.executable, __file__, *options, "--part", part, "--here"], check=True)
             continue
         done |= {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"}
         done |= {"torch": torch.__version__, "batch": arguments.batch, part: measure(part, done, arguments)}

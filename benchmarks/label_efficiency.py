@@ -1,10 +1,12 @@
 """How many labels pre-training saves, and what encoding once for all cells saves of a sweep.
 
-    python benchmarks/label_efficiency.py digits       # make label-curve: 3 runs of CPC and the whole grid, hours
+    python benchmarks/label_efficiency.py digits            # make label-curve: 3 runs of CPC and the whole grid, hours
+    python benchmarks/label_efficiency.py cifar10 --train cifar10-train.parquet --test cifar10-test.parquet
+    python benchmarks/label_efficiency.py caltech101 --train caltech101-train.parquet --test caltech101-test.parquet
     python benchmarks/label_efficiency.py cache --train cifar10-train.parquet --test cifar10-test.parquet
 
-Runs and cells are kept in --out (runs/label-NAME), and the same command goes on there. Writes
-benchmarks/label_efficiency/NAME.json, and for a sweep NAME.csv and NAME.png.
+Runs and cells are kept in --out (runs/label-NAME), and the same command goes on there; --parts does the first so many
+parts of a grid only. Writes benchmarks/label_efficiency/NAME.json, of a sweep also NAME.csv and NAME.png, part by part.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,13 +35,61 @@ RESULTS = ROOT / "benchmarks" / "label_efficiency"
 SIDE_BY_SIDE = 2
 """Processes of one thread each."""
 
-DIGITS_RUN = ["steps=10000", "save_every=10000", "probe_every=0", "threads=1"]
-DIGITS = [
-    # what the claim stands on first, then the same network from random weights, which takes the longest
-    ["labels=[20,40,100,200,400,1000]", "scratch=[logistic,svm,cnn]", "protocols=[linear,classifier,finetune]"],
-    ["labels=[20,40,100,200,400]", "scratch=[image]", "protocols=[knn]", "random=[linear,classifier]"],
-    ["labels=[40,100,400]", "scratch=[patches]", "protocols=[]", "random=[]"],
-]
+
+@dataclass(frozen=True)
+class Study:
+    """Runs to pre-train, a folder and a command each, what the parts of the sweep share, and its parts in turn."""
+
+    runs: dict[str, list[str]]
+    sweep: list[str]
+    parts: list[list[str]]
+
+
+ONE_THREAD = ["threads=1", "probe_every=0", "save_every=5000", "resume=auto"]
+CPC_RUN = ["tools/pretrain_cpc.py", *ONE_THREAD]
+SIMCLR_RUN = ["tools/pretrain.py", "method=simclr", *ONE_THREAD]
+SMALL_TRUNK = ["encoder=resnet_small", "encoder.width=64", "encoder.stem_stride=2", "batch_size=256", "precision=bf16"]
+
+# Parts: what the claim stands on comes first, then what takes the longest.
+STUDIES = {
+    "digits": Study(
+        runs={f"cpc-{seed}": [*CPC_RUN, "steps=10000", f"seed={seed}"] for seed in range(3)},
+        sweep=["readout=context"],
+        parts=[
+            ["labels=[20,40,100,200,400,1000]", "scratch=[logistic,svm,cnn]", "protocols=[]", "random=[]"],
+            ["labels=[20,40,100,200]", "scratch=[]", "protocols=[linear,classifier]", "random=[]"],
+            ["labels=[20,40,100]", "scratch=[]", "protocols=[finetune]", "random=[linear]"],
+            ["labels=[40,100,200]", "scratch=[patches]", "protocols=[]", "random=[]"],
+            ["labels=[40,100,200]", "scratch=[image]", "protocols=[knn]", "random=[classifier]"],
+        ],
+    ),
+    "cifar10": Study(
+        runs={
+            "cpc": [*CPC_RUN, "experiment=cifar10_cpc", "steps=12000"],
+            "simclr": [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "load_size=32", "image_size=32", "steps=2500"],
+        },
+        sweep=["readout=context", "precision=bf16", "steps.finetune.most=2000"],
+        parts=[
+            ["fractions=[0.01]", "scratch=[logistic,svm,cnn]", "protocols=[linear,classifier]", "random=[linear]"],
+            ["fractions=[0.02,0.05]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
+            ["fractions=[0.01]", "scratch=[image]", "protocols=[finetune]", "random=[]"],
+            ["fractions=[0.1]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
+            ["fractions=[0.01]", "scratch=[patches]", "protocols=[]", "random=[]"],
+        ],
+    ),
+    "caltech101": Study(
+        runs={
+            "cpc": [*CPC_RUN, "data=parquet", "image_size=96", "patch={size: 24, stride: 12}", "steps=5000"],
+            "simclr": [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "image_size=96", "steps=600"],
+        },
+        sweep=["readout=context", "precision=bf16", "cnn.widths=[32,64,128,128,128]"],
+        parts=[
+            ["labels_per_class=[1,2,5,10,20]", "scratch=[logistic,cnn]", "protocols=[linear]", "random=[linear]"],
+            ["labels_per_class=[2,5,10]", "scratch=[]", "protocols=[classifier]", "random=[]"],
+            ["labels_per_class=[2,5]", "scratch=[svm,image,patches]", "protocols=[finetune]", "random=[]"],
+        ],
+    ),
+}
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SEEDS = 5
 
@@ -60,33 +111,27 @@ def side_by_side(commands: Sequence[list[str]], log: Path) -> None:
                 raise SystemExit(f"a command failed, see {output}; the same command goes on")
 
 
-def digits(out: Path) -> None:
-    """Figure 1: the bundled digits."""
+def study(name: str, out: Path, data: list[str], shown: str, parts: int | None) -> None:
+    """Pre-train what is missing, then the sweep, part by part."""
     out.mkdir(parents=True, exist_ok=True)
-    runs = [out / f"cpc-{seed}" for seed in range(3)]
+    asked = STUDIES[name]
     costs = out / "costs.json"
     took: dict[str, float] = json.loads(costs.read_text()) if costs.is_file() else {}
-    began = time.perf_counter()
-    missing = [run for run in runs if not (run / "encoder.json").is_file()]
-    side_by_side(
-        [
-            python("tools/pretrain_cpc.py", *DIGITS_RUN, f"seed={run.name[-1]}", f"run_dir={run}", "resume=auto")
-            for run in missing
-        ],
-        out / "pretraining",
-    )
-    took["pretraining"] = took.get("pretraining", 0.0) + time.perf_counter() - began
-    for place, part in enumerate(DIGITS):
+
+    def timed(what: str, commands: list[list[str]]) -> None:
         began = time.perf_counter()
-        common = [f"runs=[{','.join(map(str, runs))}]", f"out={out / 'sweep'}", "readout=context", "threads=1"]
-        shards = [
-            python("tools/sweep_labels.py", *common, *part, f"shards={SIDE_BY_SIDE}", f"shard={shard}")
-            for shard in range(SIDE_BY_SIDE)
-        ]
-        side_by_side(shards, out / f"sweep-{place}")
-        took[f"sweep {place}"] = took.get(f"sweep {place}", 0.0) + time.perf_counter() - began
-        costs.write_text(json.dumps({name: round(seconds, 1) for name, seconds in took.items()}))
-        record("digits", "python benchmarks/label_efficiency.py digits", out / "sweep", json.loads(costs.read_text()))
+        side_by_side(commands, out / what.replace(" ", "-"))
+        took[what] = round(took.get(what, 0.0) + time.perf_counter() - began, 1)
+        costs.write_text(json.dumps(took))
+
+    missing = {run: command for run, command in asked.runs.items() if not (out / run / "encoder.json").is_file()}
+    timed("pretraining", [python(*command, *data, f"run_dir={out / run}") for run, command in missing.items()])
+    runs = ",".join(str(out / run) for run in asked.runs)
+    for place, part in enumerate(asked.parts[:parts]):
+        options = [f"runs=[{runs}]", f"out={out / 'sweep'}", "threads=1", *asked.sweep, *part, f"shards={SIDE_BY_SIDE}"]
+        sweep = [python("tools/sweep_labels.py", *options, f"shard={shard}") for shard in range(SIDE_BY_SIDE)]
+        timed(f"sweep {place}", sweep)
+        record(name, shown, out / "sweep", took)
 
 
 def record(name: str, command: str, sweep: Path, seconds: dict[str, float]) -> None:
@@ -153,18 +198,26 @@ def cache(out: Path, train: Path, test: Path) -> None:
 def main() -> None:
     """Run one study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["digits", "cache"])
+    parser.add_argument("study", choices=[*STUDIES, "cache"])
     parser.add_argument("--train", type=Path)
     parser.add_argument("--test", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--parts", type=int, help="only the first so many parts of the grid")
     arguments = parser.parse_args()
-    out = (arguments.out or Path(f"runs/label-{arguments.study}")).resolve()
-    if arguments.study == "digits":
-        digits(out)
-    elif arguments.train is None or arguments.test is None:
-        parser.error("cache wants --train FILE and --test FILE")
+    name, train, test = arguments.study, arguments.train, arguments.test
+    out = (arguments.out or Path(f"runs/label-{name}")).resolve()
+    command = f"python benchmarks/label_efficiency.py {name}"
+    if name == "digits":
+        study(name, out, [], command, arguments.parts)
+        return
+    if train is None or test is None:
+        parser.error(f"{name} wants --train FILE and --test FILE")
+    train, test = train.resolve(), test.resolve()
+    if name == "cache":
+        cache(out, train, test)
     else:
-        cache(out, arguments.train.resolve(), arguments.test.resolve())
+        files = [f"data.train={train}", f"data.test={test}"]
+        study(name, out, files, f"{command} --train {train.name} --test {test.name}", arguments.parts)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,10 @@ def errors_cell(kind: str, shape: Shape) -> Numbers:
         off = {"loss": abs(float(got.double() / value) - 1), "gradients": bench.distance(got_gradients, gradients)}
         # scores of a few units, of which bf16 keeps 8 bits: its gradients are right to some per cent
         if not (off["loss"] < 0.01 and off["gradients"] < (0.2 if variant.precision == "bf16" else 0.05)):
-            raise AssertionError(f"{kind} {name} on the GPU is off: {off}; nothing was timed")
+            if not name.startswith("inf_cl"):
+                raise AssertionError(f"{kind} {name} on the GPU is off: {off}; nothing was timed")
+            errors[name] = {"failed": f"wrong: {off}"}
+            continue
         errors[name] = {key: bench.digits(error, 2) for key, error in off.items()}
     return errors
 
@@ -203,10 +206,10 @@ def time_and_memory_cell(kind: str, shape: Shape, rounds: int, fill: float) -> N
 # ---- the command ----
 
 
-def cells(tiny: bool) -> list[Cell]:
+def cells(tiny: bool, rounds: int) -> list[Cell]:
     """Errors at the smallest size, then time and memory; NT-Xent's N is half, so that its rows are as many."""
     sizes, d, side = ((64, 128), 8, 64) if tiny else ((4096, 8192, 16384, 32768, 65536), 128, 8192)
-    rounds, fill = (2, 0.002) if tiny else (20, 0.1)
+    fill = 0.002 if tiny else 0.1
     listed = [Cell(6, "gpu matrix rates", partial(rates_cell, side, rounds))]
     for kind in ("info_nce", "nt_xent"):
         shapes = [(n, n, d) if kind == "info_nce" else (n // 2, d) for n in sizes]
@@ -234,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/losses_gpu.json)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that all runs; not into results/")
+    parser.add_argument("--rounds", type=int, default=20, help="in which the variants take turns")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA here, nothing was measured")
@@ -245,7 +249,7 @@ def main() -> None:
         "versions": bench.versions("torch", "triton", "inf-cl"),
     }
     path = options.out or bench.path_of("losses_gpu", options.tiny)
-    bench.fill_in(path, setting, commit, cells(options.tiny), describe=described)
+    bench.fill_in(path, setting, commit, cells(options.tiny, options.rounds), describe=described)
 
 
 if __name__ == "__main__":

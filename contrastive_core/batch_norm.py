@@ -103,6 +103,9 @@ class GlobalBatchNorm(_BatchNorm):
             dist.group.WORLD,
             world()[1],
         )
+        if not input.numel():  # of which torch's leaves no gradients behind, where other processes have some
+            shape = (1, -1, *[1] * (rows.ndim - 2))
+            output = output + (rows * self.weight.view(shape) + self.bias.view(shape) if self.affine else rows)
         return output.to(input.dtype)
 
 

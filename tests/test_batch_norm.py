@@ -381,6 +381,28 @@ def test_torch_s_function_gets_what_it_asks_for(monkeypatch, name):
     assert ours.eval()._on_cuda(rows(0, dtype=torch.bfloat16)).dtype == torch.bfloat16  # sent as float32
 
 
+class OfAnEmptyPart(torch.autograd.Function):
+    """Stands in for torch's function of an empty batch, which leaves no gradients behind."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, *_):
+        return torch.empty_like(input)
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * 9
+
+
+def test_on_cuda_an_empty_part_has_gradients_of_zero(monkeypatch):
+    monkeypatch.setattr("contrastive_core.batch_norm._OnCuda", OfAnEmptyPart)
+    layer = GlobalBatchNorm(CHANNELS)
+    upstream = torch.ones((), requires_grad=True)
+    output = layer._on_cuda(torch.zeros(0, CHANNELS, 3, 2) * upstream)
+    output.sum().backward()
+    assert output.shape == (0, CHANNELS, 3, 2)
+    assert [float(p.grad.abs().sum()) for p in (upstream, layer.weight, layer.bias)] == [0, 0, 0]
+
+
 def on_one_gpu(rank, folder):
     """Two processes share it over gloo (NCCL wants one each): torch's function, called as on several GPUs."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
