@@ -58,9 +58,10 @@ STUDIES = {
         parts=[
             ["labels=[20,40,100,200,400,1000]", "scratch=[logistic,svm,cnn]", "protocols=[]", "random=[]"],
             ["labels=[20,40,100,200]", "scratch=[]", "protocols=[linear,classifier]", "random=[]"],
-            ["labels=[20,40,100]", "scratch=[]", "protocols=[finetune]", "random=[linear]"],
-            ["labels=[40,100,200]", "scratch=[patches]", "protocols=[]", "random=[]"],
-            ["labels=[40,100,200]", "scratch=[image]", "protocols=[knn]", "random=[classifier]"],
+            ["labels=[40]", "scratch=[]", "protocols=[finetune]", "random=[linear]"],
+            ["labels=[40,100,400]", "scratch=[patches]", "protocols=[]", "random=[]"],
+            ["labels=[20,100]", "scratch=[]", "protocols=[finetune]", "random=[linear]"],
+            ["labels=[40,100,400]", "scratch=[image]", "protocols=[knn]", "random=[classifier]"],
         ],
     ),
     "cifar10": Study(
