@@ -1,15 +1,19 @@
 """Resumable state of a run, and the encoder that comes out of it.
 
 Tensors go to safetensors, everything else to JSON: loading runs no code. A checkpoint is a folder written under a
-temporary name beside its place and renamed, so that a reader sees a whole one or none.
+temporary name beside its place, brought to the disk and renamed, so that a reader sees a whole one or none; whether the
+disk gives back what it was given is told by its manifest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors (which refuses channels_last, hence the copy)."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    """Write tensors as safetensors (which refuses channels_last, hence the copy). Raises OSError where it cannot."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # what the file system says, in safetensors' words
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _sync(path: Path) -> None:
@@ -31,6 +42,19 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Within: a path to write to, which then takes the place of `path`, whole and on the disk, or, on an error, not."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        _sync(partial)
+        partial.rename(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -65,31 +89,88 @@ def save_checkpoint(
     """
     target = folder / f"step_{step:08d}"
     partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, module in modules.items():
-        save_tensors(module.state_dict(), partial / f"{name}.safetensors")
-    save_tensors(optimizer_tensors(optimizer), partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, **extra}, indent=1))
-    for file in partial.iterdir():
-        _sync(file)
-    shutil.rmtree(target, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".step_*"):  # of a run that was killed here
+        shutil.rmtree(left_over)
+    try:
+        partial.mkdir()
+        for name, module in modules.items():
+            save_tensors(module.state_dict(), partial / f"{name}.safetensors")
+        save_tensors(optimizer_tensors(optimizer), partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, **extra}, indent=1))
+        (partial / MANIFEST).write_text(json.dumps(_contents(partial), indent=1))
+        for file in (*partial.iterdir(), partial):
+            _sync(file)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        raise
+    _remove(target)
     partial.rename(target)
     _sync(folder)
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
+    for old in _superseded(folder, target, keep):
+        _remove(old)
     return target
 
 
+def _contents(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file but the manifest."""
+    contents = {}
+    for file in sorted(checkpoint.iterdir()):
+        if file.name != MANIFEST:
+            with file.open("rb") as read:
+                digest = hashlib.file_digest(read, "sha256").hexdigest()
+            contents[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
+    return contents
+
+
+def _superseded(folder: Path, latest: Path, keep: int) -> list[Path]:
+    """All but the last `keep` up to the latest; those beyond it too, which were too damaged to go on from."""
+    found = sorted(folder.glob("step_*"))
+    until = [checkpoint for checkpoint in found if checkpoint <= latest]
+    return [checkpoint for checkpoint in found if checkpoint not in until[-keep:]]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there, so that at no moment half of one can be seen."""
+    if checkpoint.exists():
+        going = checkpoint.with_name(f".{checkpoint.name}.removed")
+        checkpoint.rename(going)
+        shutil.rmtree(going)
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, "" = nothing: every one is compared with its manifest."""
+    try:
+        listed: Any = json.loads((checkpoint / MANIFEST).read_text())
+        found = _contents(checkpoint)
+    except (OSError, ValueError) as error:  # ValueError: not JSON
+        return f"{MANIFEST}: {error}"
+    if not isinstance(listed, dict):
+        return f"{MANIFEST} is no manifest"
+    differing = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
+    return f"{', '.join(differing)} not as written" if differing else ""
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps under `folder`, or None."""
-    return max(folder.glob("step_*"), default=None)
+    """The checkpoint with the most steps under `folder` that is whole, or None where there is none at all.
+
+    Damaged ones are skipped with a warning. Raises ValueError where all are: a run that starts anew would hide it.
+    """
+    found = sorted(folder.glob("step_*"), reverse=True)
+    for checkpoint in found:
+        wrong = damage(checkpoint)
+        if not wrong:
+            return checkpoint
+        logger.warning("%s is damaged (%s): going on from the one before", checkpoint, wrong)
+    if found:
+        raise ValueError(f"every checkpoint in {folder} is damaged: remove the folder to start anew")
+    return None
 
 
 def load_checkpoint_(checkpoint: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Any]:
     """Restore modules and optimizer in place; returns the JSON that was stored, with `step`.
 
-    Raises ValueError, before anything is changed, for a file that is missing or damaged.
+    Raises ValueError, before anything is changed, for a file that is missing or cannot be read.
     """
     try:
         tensors = {name: load_file(checkpoint / f"{name}.safetensors") for name in (*modules, "optimizer")}
@@ -115,10 +196,8 @@ def export_encoder(
     All are renamed into place, the card last, so that a reader never sees half a file. Returns the path of the weights.
     """
     for name, module in {**(beside or {}), "encoder": encoder}.items():
-        partial = folder / f"{name}.partial"
-        save_tensors(module.state_dict(), partial)
-        partial.rename(folder / f"{name}.safetensors")
-    described = folder / "encoder.json.partial"
-    described.write_text(json.dumps(card, indent=1) + "\n")
-    described.rename(folder / "encoder.json")
+        with replacing(folder / f"{name}.safetensors") as partial:
+            save_tensors(module.state_dict(), partial)
+    with replacing(folder / "encoder.json") as partial:
+        partial.write_text(json.dumps(card, indent=1) + "\n")
     return folder / "encoder.safetensors"

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from contrastive_core.checkpoint import replacing
+
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`, in order; an unfinished last line is left out."""
@@ -33,9 +35,8 @@ class RunLog:
 
         file = run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(run_dir) if row["step"] <= start] if file.is_file() else []
-        rewritten = file.with_suffix(".partial")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        rewritten.rename(file)
+        with replacing(file) as rewritten:
+            rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = file.open("a")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)

@@ -79,6 +79,12 @@ def cached_gradients(
     return {"loss": loss.detach(), **metrics}
 
 
+def seed_torch_(seed: int, step: int, process: int) -> None:
+    """Set torch's own generators, of which dropout draws, by the step and the process: there is nothing to save."""
+    drawn = Randomness(seed, step, torch.tensor([process])).integers("torch's own generators", 1 << 62)
+    torch.manual_seed(int(drawn))
+
+
 def check_loss(loss: Tensor, step: int) -> None:
     """Raise FloatingPointError, with what to do about it, where the loss is not finite."""
     if not loss.isfinite():
@@ -107,7 +113,8 @@ def train_steps(
         method, optimizer: as `accelerator.prepare` gave them back.
         batches: for each step the list of this process's micro-batches (`contrastive_core.data.training_batches`).
         views: `views(images: uint8 b 3 h w, randomness) -> tuple of views`.
-        seed, start, steps: the augmentations' seed, the steps done before, the steps in all.
+        seed, start, steps: the seed of augmentations and of torch's own generators, which are set anew for each step;
+            the steps done before; the steps in all.
         schedule: `schedule(progress)` -> factor on the base learning rate.
         clip: largest norm of the whole gradient; None leaves it alone.
         averaged: a copy of the bare method that follows it as a Polyak average.
@@ -125,6 +132,7 @@ def train_steps(
         # the learning rate is a function of the step alone: nothing to save, nothing to step twice; read at the middle
         # of the step, so that neither the first of a warm-up nor the last of a decay is a step of rate 0
         lr = set_learning_rate_(optimizer, schedule((step + 0.5) / steps))
+        seed_torch_(seed, step, accelerator.process_index)
 
         makers = [
             partial(make_batch, loaded, views, Randomness(seed, step, loaded.places), accelerator.device)

@@ -46,7 +46,7 @@ from cpc.evaluate import extract, labelled
 from cpc.features import load_encoder, load_head, read_card
 from cpc.pretrain import pretrain
 from cpc.run import check_numbers, plain
-from cpc.run_folder import checkpoint_to_resume
+from cpc.run_folder import check_folder
 
 FIGURES = ("heatmap", "lines")
 EVALUATE_ON = ("test", "validation")
@@ -236,7 +236,7 @@ def run_cell(cell: Cell, cfg: DictConfig, *, evaluate_on: str, head: bool) -> di
     Raises ValueError where the folder's run had other settings, and whatever training raises.
     """
     run = Path(cfg.run_dir)
-    checkpoint_to_resume(run, plain(cfg), resume=True)
+    check_folder(run, plain(cfg), resume=True)
     done = read_numbers(run)
     if done is not None and done["evaluate_on"] == evaluate_on and ("linear_head" in done or not head):
         return done

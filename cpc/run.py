@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,8 @@ from contrastive_core.run_log import RunLog, read_metrics
 from contrastive_core.training import StepResult, train_steps
 from cpc.entry import build, check_complete, run_name, start_accelerator
 from cpc.features import FrozenEncoder, parts_card, parts_of
-from cpc.run_folder import checkpoint_to_resume, choose_run_dir, claimed
+from cpc.interruption import Stopped, StopRequest
+from cpc.run_folder import check_folder, checkpoint_to_resume, choose_run_dir, claimed
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +197,8 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     config = plain(cfg)
     run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)
     resume = cfg.resume == "auto"
-    checkpoint = checkpoint_to_resume(run_dir, config, resume=resume)
+    check_folder(run_dir, config, resume=resume)
+    checkpoint = checkpoint_to_resume(run_dir, accelerator)
 
     torch.manual_seed(cfg.seed)
     method, views, dataset, card = pieces()
@@ -248,6 +251,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
 
     # nothing has been written so far: a mistake leaves no folder behind
     with (
+        StopRequest() as request,
         claimed(run_dir, config, accelerator, resume=resume),
         RunLog(run_dir, start=start, steps=cfg.steps) if main_process else nullcontext() as log,
     ):
@@ -258,6 +262,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
             bad_images.count(result.faults, seen=cfg.batch_size // accelerator.num_processes)
             throughput.images += cfg.batch_size
             last = result.step == cfg.steps
+            asked = 0 if last else request.asked(accelerator.device)
 
             # every process takes part in the mean; the rest is the main one's
             if last or result.step == 1 or result.step % cfg.log_every == 0:
@@ -266,17 +271,22 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
                     log.write(row)
                     if alarm.rings(row) or (last and alarm.line):
                         log.say(f"step {result.step}: {alarm.line}")
-            if log is None:
-                continue
-            log.advance()
-            with throughput.paused():
-                if sets is not None and (last or result.step % cfg.probe_every == 0):
-                    accuracy = probe(probed, sets, accelerator, cfg.bad_images)
-                    log.write({"step": result.step, "knn": accuracy})
-                    log.say(f"step {result.step}: kNN accuracy among training images {accuracy:.3f}")
-                if last or result.step % cfg.save_every == 0:
-                    extra, keep = run_state(accelerator), cfg.keep_checkpoints
-                    save_checkpoint(run_dir / "checkpoints", result.step, modules, optimizer, extra, keep)
+            if log is not None:
+                log.advance()
+                with throughput.paused():
+                    if sets is not None and (last or result.step % cfg.probe_every == 0):
+                        accuracy = probe(probed, sets, accelerator, cfg.bad_images)
+                        log.write({"step": result.step, "knn": accuracy})
+                        log.say(f"step {result.step}: kNN accuracy among training images {accuracy:.3f}")
+                    if last or asked or result.step % cfg.save_every == 0:
+                        extra, keep = run_state(accelerator), cfg.keep_checkpoints
+                        save_checkpoint(run_dir / "checkpoints", result.step, modules, optimizer, extra, keep)
+            if asked:
+                if log is not None:
+                    name = signal.Signals(asked).name
+                    log.say(f"{name}: saved after step {result.step} of {cfg.steps}, go on with resume=auto")
+                accelerator.wait_for_everyone()  # a launcher ends all processes with the first
+                raise Stopped(asked)
 
         if main_process:
             card = parts_card(exported, dataset.class_names) | card  # what the entry point knows better stands

@@ -15,7 +15,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from contrastive_core.checkpoint import latest_checkpoint
+from contrastive_core.checkpoint import latest_checkpoint, replacing
 
 MAY_CHANGE = ("save_every", "keep_checkpoints", "log_every", "probe_every", "probe_images", "workers", "device",
               "threads", "run_dir", "resume")  # fmt: skip
@@ -48,15 +48,15 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return names
 
 
-def checkpoint_to_resume(run_dir: Path, config: dict[str, Any], *, resume: bool) -> Path | None:
-    """The last checkpoint of the run in `run_dir`; None for a fresh folder, and for a run without a checkpoint yet.
+def check_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """See that a run with this configuration may be at work in `run_dir`. Writes nothing.
 
-    Writes nothing. Raises FileExistsError for a folder that holds a run unless `resume`, ValueError when `config`
-    differs from the run's in a key that may not change.
+    Raises FileExistsError for a folder that holds a run unless `resume`, ValueError when `config` differs from the
+    run's in a key that may not change.
     """
     written = run_dir / "config.yaml"
     if not written.is_file():
-        return None
+        return
     if not resume:
         raise FileExistsError(f"{run_dir} holds a run: pass resume=auto to go on with it, or another run_dir")
     before = yaml.safe_load(written.read_text())
@@ -65,7 +65,24 @@ def checkpoint_to_resume(run_dir: Path, config: dict[str, Any], *, resume: bool)
         raise ValueError(
             f"{run_dir} was run with other settings of {', '.join(changed)}: use its own, or a new run_dir"
         )
-    return latest_checkpoint(run_dir / "checkpoints")
+
+
+def checkpoint_to_resume(run_dir: Path, accelerator: Accelerator) -> Path | None:
+    """The last whole checkpoint of the run in `run_dir`; None where there is none at all.
+
+    The main process looks and all go on from what it found. Raises ValueError on all where every one is damaged.
+    """
+    found: list[Path | str | None] = [None]
+    if accelerator.is_main_process and (run_dir / "config.yaml").is_file():
+        try:
+            found = [latest_checkpoint(run_dir / "checkpoints")]
+        except ValueError as error:
+            found = [str(error)]
+    if accelerator.num_processes > 1:
+        found = broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise ValueError(found[0])
+    return found[0]
 
 
 def _may_change(key: str) -> bool:
@@ -78,14 +95,15 @@ def _may_change(key: str) -> bool:
 def claimed(run_dir: Path, config: dict[str, Any], accelerator: Accelerator, *, resume: bool) -> Iterator[None]:
     """Write `config.yaml` if there is none, and keep every other run out of the folder until the end.
 
-    Raises FileExistsError where another run is at work in the folder, or was since `checkpoint_to_resume` looked.
+    Raises FileExistsError where another run is at work in the folder, or was since `check_folder` looked.
     """
     accelerator.wait_for_everyone()  # all have looked before the main process writes
     with _locked(run_dir) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
-            checkpoint_to_resume(run_dir, config, resume=resume)
+            check_folder(run_dir, config, resume=resume)
             if not (run_dir / "config.yaml").is_file():
-                (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+                with replacing(run_dir / "config.yaml") as partial:
+                    partial.write_text(yaml.safe_dump(config, sort_keys=False))
         yield
 
 

@@ -37,7 +37,7 @@ from cpc.finetune import (
 )
 from cpc.pretrain import build_method, pretrain
 from cpc.run import check_numbers
-from cpc.run_folder import checkpoint_to_resume, claimed
+from cpc.run_folder import check_folder, claimed
 
 TOOLS = ("pretrain", "finetune", "distill")
 SHARED = ("seed", "precision", "device", "workers", "threads")
@@ -219,7 +219,7 @@ def simclr_v2(cfg: DictConfig) -> Path:
     out, config = Path(cfg.out), OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(config, dict)
     del config["out"]  # however the folder is called from where one stands
-    checkpoint_to_resume(out, config, resume=True)  # type: ignore[arg-type]  # another command's folder is refused
+    check_folder(out, config, resume=True)  # type: ignore[arg-type]  # another command's folder is refused
     with claimed(out, config, accelerator, resume=True):  # type: ignore[arg-type]
         for step in steps:
             if not (out / step.name / step.last_file).is_file():

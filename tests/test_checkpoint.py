@@ -1,15 +1,23 @@
 """Checkpoints: bit for bit, whole or not at all, and no code in them."""
 
+import errno
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from contrastive_core import checkpoint
-from contrastive_core.checkpoint import export_encoder, latest_checkpoint, load_checkpoint_, save_checkpoint
+from contrastive_core.checkpoint import (
+    export_encoder,
+    latest_checkpoint,
+    load_checkpoint_,
+    replacing,
+    save_checkpoint,
+)
 
 
 def network():
@@ -112,12 +120,103 @@ def test_an_interrupted_save_is_ignored_and_overwritten(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 2, {"net": net}, adam(net), {})  # saved again, after a resume
 
 
+def torn(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "a file is cut short": (lambda at: torn(at / "net.safetensors"), "net.safetensors not as written"),
+    "a bit has turned": (lambda at: flipped(at / "optimizer.safetensors"), "optimizer.safetensors not as written"),
+    "other words": (lambda at: (at / "state.json").write_text('{"step": 3}'), "state.json not as written"),
+    "a file is missing": (lambda at: (at / "state.json").unlink(), "state.json not as written"),
+    "a file too many": (lambda at: (at / "more").write_text(""), "more not as written"),
+    "no manifest": (lambda at: (at / "manifest.json").unlink(), "No such file"),
+    "an empty manifest": (lambda at: (at / "manifest.json").write_text(""), "manifest.json: Expecting value"),
+    "no text": (lambda at: (at / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json: "),
+    "another JSON": (lambda at: (at / "manifest.json").write_text("[]"), "manifest.json is no manifest"),
+    "nothing in it": (lambda at: [file.unlink() for file in at.iterdir()], "No such file"),
+    "a file in its place": (lambda at: (shutil.rmtree(at), at.write_text("")), "Not a directory"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_one_is_skipped_with_a_warning_for_the_one_before(tmp_path, caplog, name):
+    net = network()
+    first, second = (save_checkpoint(tmp_path, step, {"net": net}, adam(net), {}) for step in (1, 2))
+    assert latest_checkpoint(tmp_path) == second
+    assert not caplog.records
+    harm, said = DAMAGES[name]
+    harm(second)
+    assert latest_checkpoint(tmp_path) == first
+    (record,) = caplog.records
+    assert "step_00000002 is damaged (" in record.getMessage()
+    assert said in record.getMessage()
+    assert record.getMessage().endswith("going on from the one before")
+
+    harm(first)
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged: remove the folder to start anew"):
+        latest_checkpoint(tmp_path)
+
+
+def test_what_lies_beyond_a_new_one_goes_and_does_not_count_as_kept(tmp_path):
+    """A damaged one was skipped: if it counted, keep=1 would remove the only whole one."""
+    net = network()
+    save_checkpoint(tmp_path, 1, {"net": net}, adam(net), {})
+    torn(save_checkpoint(tmp_path, 9, {"net": net}, adam(net), {}) / "net.safetensors")
+    written = save_checkpoint(tmp_path, 5, {"net": net}, adam(net), {}, keep=1)
+    assert list(tmp_path.iterdir()) == [written]
+
+
+@pytest.mark.parametrize("when", ["tensors", "words"])
+def test_on_a_full_disk_the_last_one_stays_and_nothing_else(tmp_path, monkeypatch, when):
+    net = network()
+    written = save_checkpoint(tmp_path, 1, {"net": net}, adam(net), {})
+    fault = {
+        "tensors": ("save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+        "words": ("_contents", OSError(errno.ENOSPC, "No space left on device")),
+    }
+    name, error = fault[when]
+
+    def full(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, name, full)
+        with pytest.raises(OSError, match="No space left on device"):
+            save_checkpoint(tmp_path, 2, {"net": net}, adam(net), {})
+    assert list(tmp_path.iterdir()) == [written]
+    assert latest_checkpoint(tmp_path) == written
+
+
+def test_half_a_file_never_takes_the_place_of_one(tmp_path):
+    file = tmp_path / "words"
+    with replacing(file) as partial:
+        partial.write_text("old")
+
+    def interrupted():
+        with replacing(file) as partial:
+            partial.write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "old"
+
+
 def test_there_is_no_code_in_a_checkpoint(tmp_path, monkeypatch):
     net = network()
     optimizer = adam(net)
     train(net, optimizer, 1)
     written = save_checkpoint(tmp_path, 1, {"net": net}, optimizer, {"note": "text"})
-    assert sorted(file.name for file in written.iterdir()) == ["net.safetensors", "optimizer.safetensors", "state.json"]
+    names = ["manifest.json", "net.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(file.name for file in written.iterdir()) == names
     with safe_open(written / "net.safetensors", "pt") as file:
         assert set(file.keys()) == set(net.state_dict())
     monkeypatch.setattr("pickle.Unpickler", None)

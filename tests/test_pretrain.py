@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, interrupted_at
     start(*OPTIONS, "resume=auto", "save_every=100", run_dir="parts")
     assert without_times(read_metrics(parts)) == without_times(read_metrics(whole))
     files = [file.relative_to(whole) for file in whole.glob("checkpoints/step_00000006/*")]
-    assert len(files) == 4
+    assert len(files) == 5
     for file in [*files, "encoder.safetensors", "encoder.json"]:
         assert (parts / file).read_bytes() == (whole / file).read_bytes(), file
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from contrastive_core.data.worker_views import WorkerViews  # loads torchvision
 
 logger = logging.getLogger(__name__)
+
+
+LINGER = 20
+"""Seconds that a worker goes on after a SIGTERM, if it is not told to end before."""
 
 
 class LoadedBatch(NamedTuple):
@@ -182,8 +187,15 @@ def _fetch(
         num_workers=workers,  # torch gives each worker one thread
         collate_fn=stack,
         generator=torch.Generator(),  # else the loader draws from the global one, and workers=0 does not
+        worker_init_fn=_outlive_signals,
     )
     return iter(loader)
+
+
+def _outlive_signals(_: int) -> None:
+    """A queue, or Ctrl-C, signals all of a run's processes, and the run needs its workers for the step it ends with."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LINGER))
 
 
 class _OnDemand:

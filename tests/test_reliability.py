@@ -1,0 +1,248 @@
+"""Runs that are killed, at any moment, and asked to stop: what is resumed is what would have been."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import CHECKOUT, launcher
+from torch import nn
+
+from contrastive_core import checkpoint, training
+from contrastive_core.run_log import RunLog, read_metrics
+from cpc import interruption
+from cpc.interruption import Stopped, StopRequest
+from cpc.pretrain import pretrain
+
+pytestmark = pytest.mark.usefixtures("as_a_new_process")
+
+TINY = ["batch_size=8", "encoder.width=4", "method.context.width=8", "method.context.layers=1", "probe_every=7"]
+TINY += ["log_every=1", "save_every=3", "threads=1", "steps=12", "averaging=0.9", "probe_images=50", "resume=auto"]
+
+
+@pytest.fixture
+def start(compose, tmp_path):
+    """`start("name")`: a tiny run in this process, from where it was."""
+
+    def run(name, *overrides):
+        return pretrain(compose(*TINY, f"run_dir={tmp_path / name}", *overrides))
+
+    return run
+
+
+@pytest.fixture
+def whole(start, tmp_path_factory):
+    """The run that nothing happened to, made once."""
+    return start(tmp_path_factory.getbasetemp() / "whole")
+
+
+def in_a_child(job):
+    """Fork, run `job` there; returns the child's process number."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            job()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def assert_the_same(run, whole):
+    """Rows but for times, and every byte of weights, optimizer and export."""
+    rows, expected = (
+        [{key: value for key, value in row.items() if key != "images_per_second"} for row in read_metrics(folder)]
+        for folder in (run, whole)
+    )
+    assert rows == expected
+    files = [file.relative_to(whole) for file in whole.glob("checkpoints/step_00000012/*")]
+    assert len(files) == 5
+    for file in [*files, "encoder.safetensors", "encoder.json", "context.safetensors"]:
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+    assert not list(run.rglob("*.partial"))
+    assert not list(run.rglob("*.removed"))
+
+
+# ---- SIGKILL ----
+
+
+def killed_and_resumed(start, name, kills, seed):
+    """Start a run again and again, killing it at random moments; returns how often it was killed at work."""
+    draw = random.Random(seed)
+    killed = 0
+    for _ in range(kills):
+        child = in_a_child(lambda: start(name))
+        time.sleep(draw.uniform(0.05, 1.5))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed += os.WIFSIGNALED(status)
+    return killed
+
+
+def test_killed_at_random_moments(start, whole):
+    assert killed_and_resumed(start, "parts", kills=4, seed=0) > 0
+    assert_the_same(start("parts"), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_a_hundred_times(start, whole):
+    killed, run = 0, 0
+    while killed < 100:
+        run += 1
+        killed += killed_and_resumed(start, f"parts-{run}", kills=5, seed=run)
+        assert_the_same(start(f"parts-{run}"), whole)
+
+
+class Killer:
+    """Kills this process at the so-manieth of the things that a save does to files."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def before(self, function):
+        def counted(*arguments, **options):
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.left -= 1
+            return function(*arguments, **options)
+
+        return counted
+
+
+def killed_within_a_save(start, name, at):
+    """Kill a run in its second save, before the `at`-th thing that it does to files; False = it had ended."""
+
+    def job():
+        killer = Killer(at)
+        saves = checkpoint.save_checkpoint
+
+        def second(folder, step, *arguments):
+            if step == 6:
+                for owner, function in ((checkpoint, "save_file"), (checkpoint, "_sync"), (checkpoint, "_remove"),
+                                        (Path, "rename"), (Path, "write_text"), (Path, "mkdir")):  # fmt: skip
+                    setattr(owner, function, killer.before(getattr(owner, function)))
+            return saves(folder, step, *arguments)
+
+        import cpc.run
+
+        cpc.run.save_checkpoint = second
+        start(name)
+
+    _, status = os.waitpid(in_a_child(job), 0)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("at", [0, 4, 7, 11, 13, 15])
+def test_killed_within_a_save(start, whole, tmp_path, at):
+    assert killed_within_a_save(start, "parts", at)
+    kept = {folder.name for folder in (tmp_path / "parts/checkpoints").glob("step_*")}
+    assert kept in ({"step_00000003"}, {"step_00000003", "step_00000006"})
+    assert_the_same(start("parts"), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_every_point_of_a_save(start, whole):
+    at = 0
+    while killed_within_a_save(start, f"parts-{at}", at):
+        assert_the_same(start(f"parts-{at}"), whole)
+        at += 1
+    assert at >= 20
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(start, whole, caplog):
+    parts = start("parts")
+    (parts / "checkpoints/step_00000012/optimizer.safetensors").write_bytes(b"")
+    (parts / "encoder.json").unlink()
+    assert_the_same(start("parts"), whole)
+    assert ["step_00000012 is damaged" in record.getMessage() for record in caplog.records] == [True]
+
+
+# ---- SIGTERM and Ctrl-C ----
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_a_run_saves_and_leaves(start, whole, tmp_path, monkeypatch, capsys, number, code):
+    advance = RunLog.advance
+
+    def asking(log):
+        advance(log)
+        if log._bar.n == 5:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "advance", asking)
+        with pytest.raises(Stopped) as stopped:
+            start("parts")
+    assert stopped.value.code == code
+    assert f"{number.name}: saved after step 6 of 12, go on with resume=auto" in capsys.readouterr().out
+    parts = tmp_path / "parts"
+    assert (parts / "checkpoints/step_00000006").is_dir()
+    assert not (parts / "encoder.json").exists()
+    assert signal.getsignal(number) is before
+    assert_the_same(start("parts"), whole)
+
+
+def test_what_comes_twice_at_once_is_one_request_and_later_ctrl_c_means_it(monkeypatch):
+    here = torch.device("cpu")
+    with StopRequest() as request:
+        assert request.asked(here) == 0
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert request.asked(here) == signal.SIGTERM
+        monkeypatch.setattr(interruption, "PATIENCE", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_on_two_processes_one_that_is_asked_is_enough(tmp_path):
+    run = tmp_path / "run"
+    options = [option for option in TINY if not option.startswith("steps=")]
+    tool = [
+        str(CHECKOUT / "tools/pretrain_cpc.py"),
+        *options,
+        "steps=5000",
+        "save_every=5000",
+        "device=cpu",
+        f"run_dir={run}",
+    ]
+    command = [*launcher(2), *tool]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as process:
+        try:
+            while not (run / "metrics.jsonl").is_file() or len(read_metrics(run)) < 3:
+                assert process.poll() is None
+                time.sleep(0.1)
+            (second,) = [
+                child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"
+            ]
+            second.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 1
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    last = read_metrics(run)[-1]["step"]
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step_{last:08d}"]
+
+
+# ---- torch's own random numbers ----
+
+
+def test_dropout_is_the_same_after_a_resume_and_differs_between_steps_and_processes():
+    def masks(step, process):
+        training.seed_torch_(3, step, process)
+        return nn.Dropout()(torch.ones(64))
+
+    assert torch.equal(masks(4, 0), masks(4, 0))
+    assert not torch.equal(masks(4, 0), masks(5, 0))
+    assert not torch.equal(masks(4, 0), masks(4, 1))
