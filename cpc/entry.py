@@ -28,7 +28,7 @@ from cpc.configs import config_folder
 from cpc.prediction import first_disjoint_offset
 
 # what a user can mend: told in one line, without a traceback
-_USER_ERRORS = (
+USER_ERRORS = (
     ValueError,
     OSError,
     ImportError,
@@ -78,7 +78,7 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
     def run(cfg: DictConfig) -> None:
         try:
             job(cfg)
-        except _USER_ERRORS as error:
+        except USER_ERRORS as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":  # hydra's own switch for the whole traceback
                 raise
             sys.exit(_one_line(error))

@@ -45,6 +45,26 @@ def test_depth_of_resnet161():
     assert (third[0].in_channels, third[0].out_channels, third[2].out_channels) == (4096, 512, 4096)
 
 
+@pytest.mark.parametrize("norm", ["layer", "channel", "none"])
+def test_recomputed_blocks_give_the_same_gradients_and_keep_less(norm):
+    torch.manual_seed(0)
+    encoder = PatchResNet([2, 9], [16, 64], bottlenecks=[4, 8], stem="small", stem_width=16, norm=norm)
+    images = torch.rand(2, 3, 32, 32)
+
+    def step():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            loss = encoder(images).square().sum()
+        return torch.autograd.grad(loss, list(encoder.parameters())), sum(kept)
+
+    gradients, kept = step()
+    encoder.recompute = True
+    again, kept_then = step()
+    assert all(map(torch.equal, again, gradients))
+    assert kept_then < 0.45 * kept
+    assert not any("recompute" in name for name in encoder.state_dict())
+
+
 @pytest.mark.parametrize(("build", "map_side"), [(resnet161, 5), (resnet101_v1, 5), (resnet50, 3)])
 def test_an_80_px_patch_gives_the_papers_map(build, map_side):
     with torch.device("meta"):

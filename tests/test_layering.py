@@ -21,6 +21,7 @@ ENTRY_POINTS = {
     "cpc/entry.py",
     "cpc/evaluate.py",
     "cpc/finetune.py",
+    "cpc/plan.py",
     "cpc/pretrain.py",
     "cpc/run.py",
     "cpc/simclr_v2.py",

@@ -108,6 +108,13 @@ def test_grad_cache_contrasts_all_of_a_steps_images(start):
     assert cached[0]["gradient_norm"] == pytest.approx(whole[0]["gradient_norm"], rel=1e-3)
 
 
+def test_recomputing_blocks_changes_nothing(start):
+    plain, twice = start("steps=3", run_dir="plain"), start("steps=3", "recompute=true", run_dir="twice")
+    assert without_times(read_metrics(twice)) == without_times(read_metrics(plain))
+    assert (twice / "encoder.safetensors").read_bytes() == (plain / "encoder.safetensors").read_bytes()
+    assert (twice / "encoder.json").read_text() == (plain / "encoder.json").read_text()
+
+
 OPTIONS = ["steps=6", "averaging=0.9", "accumulate=2", "clip=1.0"]
 
 
@@ -225,6 +232,14 @@ MISTAKES = [
     ("encoder=resnet50 +encoder.widht=3", "error: cpc.encoders.resnet50 does not take what it was given: "),
     ("encoder.norm=no", "error: norm='no' is not one of layer, channel, batch, none"),
     ("optimizer.lr=abc", "error: torch.optim.Adam does not take what it was given"),
+    (
+        "recompute=true norm=batch",
+        "error: recompute=true: batch norm would count every batch twice; pass recompute=fal",
+    ),
+    (
+        "recompute=true encoder=resnet18_small",
+        "error: recompute=true: TorchvisionTrunk cannot; pass recompute=false, or",
+    ),
     ("encoder._target_=nope.encoder", "error: Error loading 'nope.encoder'"),
 ]
 
@@ -237,7 +252,7 @@ def test_a_mistake_gets_one_clear_line_and_leaves_nothing_behind(
     options = tiny(
         *(["steps=2"] if "steps=" not in arguments else []), *arguments.split(), f"run_dir={tmp_path / 'run'}"
     )
-    if arguments.startswith("encoder="):
+    if re.search(r"(^| )encoder=", arguments):
         options = [option for option in options if not option.startswith("encoder.width=")]
     with pytest.raises(SystemExit) as stopped:
         call_tool(main, *options)
