@@ -381,6 +381,7 @@ def test_the_small_ladder_instantiates(compose, name):
 def test_every_yaml_belongs_to_a_group_that_is_tested_here():
     groups = {file.parent.name for file in CONFIGS.rglob("*.yaml")} - {CONFIGS.name}
     assert groups <= {
+        "accelerate",  # tests/test_clusters.py
         "data",
         "encoder",
         "experiment",
