@@ -5,7 +5,7 @@
 
 Both by the CIFAR-10 recipe. `checkpoints` counts the seconds that a run spends in saving. `scaling` gives each process
 a thread and as many images, so that two processes take a batch of twice the size in, at best, the same time; they take
-turns, and the ratios are of neighbours. That killed runs go on is for `pytest -m slow tests/test_reliability.py` to say.
+turns, and the ratios are of neighbours. That killed runs go on is up to `pytest -m slow tests/test_reliability.py`.
 """
 
 from __future__ import annotations
