@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from contrastive_core.reading import read_json
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -141,10 +143,10 @@ def _remove(checkpoint: Path) -> None:
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files, "" = nothing: every one is compared with its manifest."""
     try:
-        listed: Any = json.loads((checkpoint / MANIFEST).read_text())
+        listed: Any = read_json(checkpoint / MANIFEST)
         found = _contents(checkpoint)
-    except (OSError, ValueError) as error:  # ValueError: not JSON
-        return f"{MANIFEST}: {error}"
+    except (OSError, ValueError) as error:
+        return str(error)
     if not isinstance(listed, dict):
         return f"{MANIFEST} is no manifest"
     differing = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
@@ -174,7 +176,7 @@ def load_checkpoint_(checkpoint: Path, modules: dict[str, nn.Module], optimizer:
     """
     try:
         tensors = {name: load_file(checkpoint / f"{name}.safetensors") for name in (*modules, "optimizer")}
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+        state: dict[str, Any] = read_json(checkpoint / "state.json")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{checkpoint} is damaged ({error}): remove it to resume from the one before") from error
     for name, module in modules.items():

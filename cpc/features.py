@@ -5,14 +5,13 @@ Patch geometry and normalisation travel with the weights in `encoder.json`, so t
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as vision
@@ -22,10 +21,14 @@ import contrastive_core.simclr_resnet
 import cpc.encoders
 from contrastive_core.heads import ProjectionHead
 from contrastive_core.methods.classifier import Classifier
+from contrastive_core.reading import read_json
 from cpc.context import ContextNetwork, Contexts
 from cpc.foreign import check_plain
 from cpc.patches import extract_patches, grid_side
 from cpc.views import normalise
+
+LARGEST_ARGUMENT = 100_000
+"""Of widths, depths and sizes that a file may ask of an encoder, which is built before it is held to its weights."""
 
 READOUTS = ("mean", "grid", "context")
 MODES = ("patches", "image")
@@ -143,6 +146,9 @@ def known_architecture(architecture: dict[str, Any]) -> tuple[str, dict[str, Any
         )
     arguments = {key: value for key, value in architecture["arguments"].items() if key not in _FIRST_WEIGHTS}
     check_plain(arguments, "encoder.json")
+    largest = max((abs(number) for number in _numbers(arguments.values())), default=0)
+    if largest > LARGEST_ARGUMENT:
+        raise ValueError(f"encoder.json says {largest:g} where no encoder has more than {LARGEST_ARGUMENT}")
     return name, arguments
 
 
@@ -154,7 +160,7 @@ def build_encoder(architecture: dict[str, Any]) -> nn.Module:
     name, arguments = known_architecture(architecture)
     try:
         return constructors()[name](**arguments)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:  # RuntimeError: torch's, of a negative width
         raise ValueError(f"{name} does not take what encoder.json gives it: {error}") from error
 
 
@@ -190,7 +196,10 @@ def read_encoder(path: str | Path, encoder: nn.Module | None = None) -> tuple[nn
     It takes normalised images or patches; `FrozenEncoder(encoder, **card["input"])` feeds it.
     """
     weights, card = read_card(path)
-    encoder = build_encoder(card["architecture"]) if encoder is None else encoder
+    if encoder is None:
+        with torch.device("meta"):  # a card may describe an encoder that no memory holds
+            check_fits(build_encoder(card["architecture"]), weights)
+        encoder = build_encoder(card["architecture"])
     _load_weights_(encoder, weights, "encoder")
     return encoder, card
 
@@ -217,7 +226,7 @@ def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
                 f"no {file.name} in {file.parent}: pass the folder of a finished run, or its encoder.safetensors"
             )
     try:
-        parsed: dict[str, Any] = json.loads(card.read_text())
+        parsed: dict[str, Any] = read_json(card)
         described = isinstance(parsed["architecture"]["name"], str)
         described &= isinstance(parsed["architecture"]["arguments"], dict)
         described &= {"image_size", "mean", "std"} <= parsed["input"].keys() and _are_numbers(parsed["input"].values())
@@ -232,8 +241,16 @@ def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:
-    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return all(item is None or isinstance(item, int | float) for item in items)
+    return all(item is None or isinstance(item, int | float) for item in _flat(values))
+
+
+def _numbers(values: Iterable[Any]) -> Iterator[int | float]:
+    return (item for item in _flat(values) if isinstance(item, int | float))
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from _flat(value) if isinstance(value, list) else [value]
 
 
 def _load_weights_(module: nn.Module, weights: Path, kind: str) -> None:
@@ -245,6 +262,22 @@ def _load_weights_(module: nn.Module, weights: Path, kind: str) -> None:
         raise ValueError(
             f"the weights in {weights} are not those of the {kind} that its card describes: {error}"
         ) from None
+
+
+def check_fits(described: nn.Module, weights: Path) -> None:
+    """Raise ValueError where the tensors of a file are not those of a module, which may be on the meta device."""
+    try:
+        with safe_open(weights, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {weights} cannot be read: {error}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in described.state_dict().items()}
+    wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    if wrong:
+        raise ValueError(
+            f"the weights in {weights} are not those of the encoder that its card describes: {wrong[0]} is "
+            f"{found.get(wrong[0], 'missing')}, the card's {wanted.get(wrong[0], 'has none')}"
+        )
 
 
 def _frozen(

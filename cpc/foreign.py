@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from contrastive_core.reading import read_yaml
 
 READERS = tuple(
     f"contrastive_core.data.{name}" for name in ("mnist5k", "parquet", "imagefolder", "torchvision_dataset")
@@ -43,10 +43,7 @@ def run_config(run: str | Path) -> tuple[Path, dict[str, Any]]:
     written = Path(run) / "config.yaml" if Path(run).is_dir() else Path(run).with_name("config.yaml")
     if not written.is_file():
         return written, {}
-    try:
-        config = yaml.safe_load(written.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{written} cannot be read: {error}") from None
+    config = read_yaml(written)
     if not isinstance(config, dict):
         raise ValueError(f"{written} is not a run's configuration: it holds no keys")
     return written, config

@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import cpc.pretrain  # noqa: F401  # registers what configs/pretrain.yaml is made of
 from contrastive_core.method import Batch, Method
 from contrastive_core.optim import parameter_groups
 from contrastive_core.randomness import Randomness
 from cpc.entry import USER_ERRORS, build, check_complete, config_search
-from cpc.pretrain import build_encoder
+from cpc.run import recompute_
 
 GIB = 2**30
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -118,7 +119,9 @@ def need(cfg: DictConfig) -> Need:
         raise ValueError(f"{kind.__name__} does not come in two halves: plan CPC or SimCLR")
     shapes = shapes_of_views(cfg)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        method: Method = build(cfg.method, encoder=build_encoder(cfg))
+        method: Method = build(cfg.method, encoder=build(cfg.encoder))
+        if cfg.recompute:
+            recompute_(method.encoder)
         with as_on_cuda(DTYPES[cfg.precision]):
             two, three = (forward(method, shapes, images) for images in (2, 3))
         learning = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -91,22 +91,6 @@ def encoder_card(cfg: DictConfig, method: Method) -> dict[str, Any]:
     }
 
 
-def build_encoder(cfg: DictConfig) -> nn.Module:
-    """The encoder; where `recompute` is set, its blocks are computed again for the backward pass.
-
-    Raises ValueError for an encoder that cannot.
-    """
-    encoder: nn.Module = build(cfg.encoder)
-    if cfg.recompute and not hasattr(encoder, "recompute"):
-        kind = type(encoder).__name__
-        raise ValueError(f"recompute=true: {kind} cannot; pass recompute=false, or an encoder of patches")
-    if cfg.recompute and any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
-        raise ValueError("recompute=true: batch norm would count every batch twice; pass recompute=false or norm=layer")
-    if cfg.recompute:
-        cast(Any, encoder).recompute = True
-    return encoder
-
-
 def build_method(cfg: DictConfig, dataset: ImageDataset | None = None) -> tuple[Method, nn.Module]:
     """The method and its views; whatever does not fit is an error here, before any data is read.
 
@@ -115,7 +99,7 @@ def build_method(cfg: DictConfig, dataset: ImageDataset | None = None) -> tuple[
     views: nn.Module = build(cfg.views)
     known = {"images": 2 if dataset is None else len(dataset), "classes": 2 if dataset is None else dataset.classes}
     filled = {name: value for name, value in known.items() if name in cfg.method and cfg.method[name] is None}
-    method: Method = build(cfg.method, encoder=build_encoder(cfg), **filled)
+    method: Method = build(cfg.method, encoder=build(cfg.encoder), **filled)
     if isinstance(method, CPC) and isinstance(views, PatchViews):
         check_offsets(method.offsets, views.grid, views.grid)
     black = torch.zeros(2, 3, cfg.load_size, cfg.load_size, dtype=torch.uint8)

@@ -86,6 +86,16 @@ def check_numbers(cfg: DictConfig) -> None:
         raise ValueError(f"resume={cfg.resume}: pass resume=auto with the run's run_dir, or leave it out")
 
 
+def recompute_(encoder: nn.Module) -> None:
+    """Have an encoder's blocks computed again for the backward pass. Raises ValueError for one that cannot."""
+    if not hasattr(encoder, "recompute"):
+        kind = type(encoder).__name__
+        raise ValueError(f"recompute=true: {kind} cannot; pass recompute=false, or an encoder of patches")
+    if any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
+        raise ValueError("recompute=true: batch norm would count every batch twice; pass recompute=false or norm=layer")
+    cast(Any, encoder).recompute = True
+
+
 def probe_sets(dataset: ImageDataset, count: int) -> tuple[ImageDataset, ImageDataset] | None:
     """A bank and queries for the online probe, four to one, all of them training images; None where unlabelled.
 
@@ -202,6 +212,8 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
 
     torch.manual_seed(cfg.seed)
     method, views, dataset, card = pieces()
+    if cfg.recompute:
+        recompute_(method.encoder)
     method.to(memory_format=torch.channels_last)
     if cfg.global_batch_norm and accelerator.num_processes > 1:
         method = cast(Method, globalize_batch_norm(method))

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from contrastive_core.checkpoint import latest_checkpoint, replacing
+from contrastive_core.reading import read_yaml
 
 MAY_CHANGE = ("recompute", "save_every", "keep_checkpoints", "log_every", "probe_every", "probe_images", "workers",
               "device", "threads", "run_dir", "resume")  # fmt: skip
@@ -59,7 +60,9 @@ def check_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None
         return
     if not resume:
         raise FileExistsError(f"{run_dir} holds a run: pass resume=auto to go on with it, or another run_dir")
-    before = yaml.safe_load(written.read_text())
+    before = read_yaml(written)
+    if not isinstance(before, dict):
+        raise ValueError(f"{written} is not a run's configuration: it holds no keys")
     changed = [key for key in differing_keys(before, config) if not _may_change(key)]
     if changed:
         raise ValueError(

@@ -137,8 +137,11 @@ DAMAGES = {
     "a file is missing": (lambda at: (at / "state.json").unlink(), "state.json not as written"),
     "a file too many": (lambda at: (at / "more").write_text(""), "more not as written"),
     "no manifest": (lambda at: (at / "manifest.json").unlink(), "No such file"),
-    "an empty manifest": (lambda at: (at / "manifest.json").write_text(""), "manifest.json: Expecting value"),
-    "no text": (lambda at: (at / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json: "),
+    "an empty manifest": (
+        lambda at: (at / "manifest.json").write_text(""),
+        "read: Expecting value",
+    ),
+    "no text": (lambda at: (at / "manifest.json").write_bytes(b"\xff\xfe"), "read: 'utf-8'"),
     "another JSON": (lambda at: (at / "manifest.json").write_text("[]"), "manifest.json is no manifest"),
     "nothing in it": (lambda at: [file.unlink() for file in at.iterdir()], "No such file"),
     "a file in its place": (lambda at: (shutil.rmtree(at), at.write_text("")), "Not a directory"),

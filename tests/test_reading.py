@@ -1,0 +1,100 @@
+"""Files from anyone: what is no plain description, or one of absurd size, is a line and takes no time or memory."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from contrastive_core.checkpoint import export_encoder
+from contrastive_core.reading import DEEPEST, LARGEST, read_json, read_yaml
+from cpc.encoders import resnet_small
+from cpc.features import load_encoder
+
+BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]\n" for i in range(1, 40))
+
+HOSTILE = [
+    ("json", b"", "Expecting value"),
+    ("json", b"{", "Expecting property name"),
+    ("json", b"\xff\xfe{}", "'utf-8' codec can't decode"),
+    ("json", b"\x00" * 100, "Expecting value"),
+    ("json", b"[" * 100_000, "it is nested deeper than 32"),
+    ("json", b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "it is nested deeper than 32"),
+    ("json", b"[" * 33 + b"]" * 33, "it is nested deeper than 32"),
+    ("json", b"[" + b" " * LARGEST + b"]", "it has more than 1,048,576 bytes"),
+    ("json", b"9" * 5000, "Exceeds the limit"),
+    ("yaml", b"a: [", "while parsing a flow node"),
+    ("yaml", b"\x00", "unacceptable character"),
+    ("yaml", b"\xff\xfe\xfd", "'utf-8' codec can't decode"),
+    ("yaml", b"- " * 3_000 + b"1", "it is nested deeper than 32"),
+    ("yaml", b"[" * 100_000, "it is nested deeper than 32"),
+    ("yaml", BOMB.encode(), "it repeats a part by reference"),
+    ("yaml", b"&a [*a]", "it repeats a part by reference"),
+    ("yaml", b"a: !!python/object/apply:os.system ['touch ran']", "could not determine a constructor"),
+    ("yaml", b"a: !!python/name:os.system ''", "could not determine a constructor"),
+    ("yaml", b"a: " + b"x" * LARGEST, "it has more than 1,048,576 bytes"),
+]
+
+
+@pytest.mark.parametrize(("kind", "content", "said"), HOSTILE, ids=[f"{k} {s[:30]}" for k, _, s in HOSTILE])
+def test_a_hostile_file_is_a_line(tmp_path, kind, content, said):
+    file = tmp_path / f"file.{kind}"
+    file.write_bytes(content)
+    began = time.process_time()
+    with pytest.raises(ValueError, match=r"file\.(json|yaml) cannot be read: ") as refused:
+        (read_json if kind == "json" else read_yaml)(file)
+    assert said in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+    assert time.process_time() - began < 5
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_plain_one_is_read(tmp_path):
+    file = tmp_path / "file"
+    for text, value in (
+        ("[[1]]", [[1]]),
+        ('{"a": null}', {"a": None}),
+        ('{"a": [1, {"b": "x"}]}', {"a": [1, {"b": "x"}]}),
+    ):
+        file.write_text(text)
+        assert read_json(file) == read_yaml(file) == value
+    file.write_text("[" * (DEEPEST - 1) + "]" * (DEEPEST - 1))
+    read_json(file)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none")
+
+
+ABSURD = [
+    ({"width": 10**9}, r"encoder\.json says 1e\+09 where no encoder has more than 100000"),
+    ({"width": 100_000}, r"not those of the encoder that its card describes: final_norm\.bias is \(16,\), the card's"),
+    ({"blocks": [[[10**7]]]}, r"encoder\.json says 1e\+07 where no encoder"),
+    ({"width": -4}, r"resnet_small does not take what encoder\.json gives it: .*negative"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), ABSURD, ids=[str(change) for change, _ in ABSURD])
+def test_a_card_of_an_encoder_that_no_memory_holds_is_refused(tmp_path, change, said):
+    arguments = {"width": 4, "blocks": [1, 1, 1]}
+    card = {
+        "architecture": {"name": "cpc.encoders.resnet_small", "arguments": arguments | change},
+        "input": {"image_size": 8, "mean": [0, 0, 0], "std": [1, 1, 1]},
+    }
+    export_encoder(tmp_path, resnet_small(**arguments), card)
+    with pytest.raises(ValueError, match=said):
+        load_encoder(tmp_path)
+
+
+def test_weights_that_are_none_are_refused(tmp_path):
+    card = {
+        "architecture": {"name": "cpc.encoders.resnet_small", "arguments": {"width": 4}},
+        "input": {"image_size": 8, "mean": [0, 0, 0], "std": [1, 1, 1]},
+    }
+    export_encoder(tmp_path, resnet_small(width=4), card)
+    whole = (tmp_path / "encoder.safetensors").read_bytes()
+    huge_header = (2**62).to_bytes(8, "little") + whole[8:]
+    for content in (b"", whole[:-1], whole[:100], huge_header, b"PK\x03\x04" + whole, json.dumps(card).encode()):
+        (tmp_path / "encoder.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"encoder\.safetensors cannot be read: "):
+            load_encoder(tmp_path)
+    (tmp_path / "encoder.safetensors").write_bytes(whole)
+    assert load_encoder(tmp_path)(torch.rand(1, 3, 8, 8)).shape == (1, 16)
