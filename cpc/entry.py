@@ -82,11 +82,22 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
             if os.environ.get("HYDRA_FULL_ERROR") == "1":  # hydra's own switch for the whole traceback
                 raise
             sys.exit(_one_line(error))
+        except (MemoryError, RuntimeError) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1" or not out_of_memory(error):
+                raise
+            first = str(error).partition("\n")[0] or "MemoryError"
+            way_out = "pass a smaller batch_size, accumulate=N, recompute=true or precision=bf16"
+            sys.exit(_one_line(MemoryError(f"out of memory: {way_out} ({first[:200]})")))
 
     entry: Callable[[], None] = hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(
         run
     )
     return entry
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it was memory that was lacking, on a GPU or a CPU, where torch raises a RuntimeError like any other."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def config_search() -> AbstractContextManager[Any]:

@@ -34,6 +34,7 @@ class CPC(Method):
         target_dim: dimension of predictions and targets (64 in the paper's pseudo-code).
         context: `context(dim)` builds a network that reads downward, `b rows cols d -> b rows cols d`.
         share_context: one context network for all directions (the paper's are separate as far as known).
+        gather: contrast with the patches of all processes; False = of this one alone, an n-th of the negatives.
         loss: `loss(queries, keys, positive, gather=False) -> scalar`; temperature 10 is the paper's scale of 0.1.
 
     The view of a batch is a patch grid `b rows cols c ph pw`. Every position of every image in the global batch is a
@@ -53,6 +54,7 @@ class CPC(Method):
         target_dim: int = 64,
         context: Callable[[int], nn.Module] = ContextNetwork,
         share_context: bool = False,
+        gather: bool = True,
         loss: Callable[..., Tensor] = partial(info_nce, temperature=10.0),
     ) -> None:
         super().__init__()
@@ -62,6 +64,7 @@ class CPC(Method):
         dim: int = encoder.dim  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
         self.encoder = encoder
         self.offsets, self.directions, self.loss = tuple(offsets), tuple(directions), loss
+        self.gather = gather
         self.context_of = {d: "shared" if share_context else d for d in directions}
         self.contexts = nn.ModuleDict({name: context(dim) for name in dict.fromkeys(self.context_of.values())})
         self.heads = nn.ModuleDict({d: PredictionHeads(dim, target_dim, offsets) for d in directions})
@@ -88,12 +91,12 @@ class CPC(Method):
         counts = row_counts(len(local))
         if min(counts) == 0:  # on all processes alike
             raise ValueError(f"processes hold {counts} patches: give every process at least one image")
-        targets = all_gather(local, counts)
+        targets, first = (all_gather(local, counts), first_row(counts)) if self.gather else (local, 0)
         losses, metrics = [], {}
         for direction in self.directions:
             for offset in self.offsets:
                 predictions = rearrange(representations[f"{direction}_{offset}"], "b rows cols d -> (b rows cols) d")
-                positive = positive_cells(b, rows, cols, offset, direction) + first_row(counts)
+                positive = positive_cells(b, rows, cols, offset, direction) + first
                 positive = positive.to(local.device, non_blocking=True)
                 losses.append(self.loss(predictions, targets, positive, gather=False))
                 metrics[f"accuracy/{direction}_{offset}"] = contrast_accuracy(predictions, targets, positive)

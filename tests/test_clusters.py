@@ -1,6 +1,7 @@
 """The configurations for accelerate that ship with the recipes: each is read, and what can be run here is."""
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -46,9 +47,13 @@ def launched(config: str, folder: Path, *options: str) -> list[str]:
 
 
 def test_eight_gpus_are_two_processes_here(tmp_path):
-    done = run_command(launched("eight_gpus", tmp_path / "run", "--num_processes", "2"), tmp_path)
+    """With the negatives of each process alone: 4 images of 36 patches."""
+    command = launched("eight_gpus", tmp_path / "run", "--num_processes", "2")
+    done = run_command([*command, "method.gather=false"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [row["ranks"] for row in read_metrics(tmp_path / "run")] == [2, 2]
+    for row in read_metrics(tmp_path / "run"):
+        assert (row["ranks"], row["negatives"]) == (2, 4 * 36 - 1)
+        assert row["chance_loss"] == pytest.approx(math.log(4 * 36))
 
 
 @pytest.mark.slow
