@@ -93,7 +93,7 @@ def save_checkpoint(
     partial = folder / f".{target.name}.partial"
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(".step_*"):  # of a run that was killed here
-        shutil.rmtree(left_over)
+        _delete(left_over)
     try:
         partial.mkdir()
         for name, module in modules.items():
@@ -137,7 +137,15 @@ def _remove(checkpoint: Path) -> None:
     if checkpoint.exists():
         going = checkpoint.with_name(f".{checkpoint.name}.removed")
         checkpoint.rename(going)
-        shutil.rmtree(going)
+        _delete(going)
+
+
+def _delete(path: Path) -> None:
+    """A folder, or a file that stands in a checkpoint's place."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def damage(checkpoint: Path) -> str:

@@ -51,7 +51,7 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._answer is not None:
+        if self._answer is not None and exception[0] is None:  # after an error elsewhere nobody answers
             self._answer[1].wait()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,8 @@ need not be there (torch's FakeTensorMode), and taken through a forward pass as 
     operations of a step   3 x the forward pass's products and convolutions, 4 x where blocks are computed twice
     memory of a device     weights, their average, gradients, optimizer, and what the forward pass keeps for the
                            backward pass; not what convolutions borrow, nor the allocator's gaps
-    bytes of a step        2 (n - 1) / n of the gradients (a ring), and the rows that the loss gathers
+    bytes of a step        2 (n - 1) / n of the gradients (a ring), and 3 (n - 1) of the rows that the loss gathers:
+                           once the rows, twice their gradients (`contrastive_core.gather`)
     seconds of a step      images / rate of one device, and the bytes over the link: at least the longer of the two, at
                            most both
 
@@ -42,6 +43,10 @@ GIB = 2**30
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+GATHERED = ("targets", "z1", "z2")
+"""What CPC's and SimCLR's losses want of every process, by its name in `represent`."""
+
+
 @dataclass(frozen=True)
 class Need:
     """What one device needs, in operations and bytes.
@@ -61,8 +66,8 @@ class Need:
         return self.fixed + self.kept * images
 
     def wire(self, images: int, devices: int) -> float:
-        """Bytes that a device sends in a step."""
-        return (devices - 1) / devices * (8 * self.parameters + 8 * self.gathered * images)
+        """Bytes that a device sends in a step, of so many images of its own."""
+        return (devices - 1) * (2 * 4 * self.parameters / devices + 3 * self.gathered * images)
 
 
 @contextmanager
@@ -85,7 +90,7 @@ def shapes_of_views(cfg: DictConfig) -> list[torch.Size]:
 
 
 def forward(method: Method, shapes: list[torch.Size], images: int) -> tuple[float, int, int]:
-    """Operations, bytes kept for the backward pass but the weights, and rows' bytes of a forward pass."""
+    """Operations of a forward pass, bytes kept for the backward pass but the weights, and bytes of gathered rows."""
     every = torch.arange(images)
     batch = Batch(tuple(torch.rand(images, *shape) for shape in shapes), every, every)
     weights = {id(parameter.untyped_storage()) for parameter in method.parameters()}
@@ -98,7 +103,8 @@ def forward(method: Method, shapes: list[torch.Size], images: int) -> tuple[floa
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         rows = method.represent(batch)
     held = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
-    return float(counter.get_total_flops()), held, sum(row.nbytes for name, row in rows.items() if name == "targets")
+    gathered = [rows[name].nbytes for name in GATHERED if name in rows and getattr(method, "gather", True)]
+    return float(counter.get_total_flops()), held, sum(gathered)
 
 
 def optimizer_bytes(cfg: DictConfig, method: Method) -> int:
@@ -159,7 +165,7 @@ def described(cfg: DictConfig, needed: Need, machine: Machine) -> list[tuple[str
     memory = needed.bytes_of(images)
     most = max(0, int((machine.memory * GIB - needed.fixed) // needed.kept))
     computing = images * cfg.accumulate / machine.rate
-    wire = needed.wire(images, machine.devices)
+    wire = needed.wire(images * cfg.accumulate, machine.devices)
     sending = wire / (machine.link * 1e9)
     least, at_most = (seconds * cfg.steps / 3600 for seconds in (max(computing, sending), computing + sending))
     plan = [

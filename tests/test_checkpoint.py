@@ -176,6 +176,14 @@ def test_what_lies_beyond_a_new_one_goes_and_does_not_count_as_kept(tmp_path):
     assert list(tmp_path.iterdir()) == [written]
 
 
+def test_a_file_in_a_checkpoints_place_is_no_obstacle(tmp_path):
+    net = network()
+    for name in ("step_00000001", "step_00000009", ".step_00000002.partial"):
+        (tmp_path / name).write_text("")
+    written = save_checkpoint(tmp_path, 5, {"net": net}, adam(net), {}, keep=1)
+    assert list(tmp_path.iterdir()) == [written]
+
+
 @pytest.mark.parametrize("when", ["tensors", "words"])
 def test_on_a_full_disk_the_last_one_stays_and_nothing_else(tmp_path, monkeypatch, when):
     net = network()

@@ -57,6 +57,13 @@ def test_eight_gpus_are_two_processes_here(tmp_path):
 
 
 @pytest.mark.slow
+def test_one_gpu_is_one_process_here(tmp_path):
+    done = run_command(launched("one_gpu", tmp_path / "run"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["ranks"] for row in read_metrics(tmp_path / "run")] == [1, 1]
+
+
+@pytest.mark.slow
 def test_two_machines_are_two_launchers_here(tmp_path, run_tool):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

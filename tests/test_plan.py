@@ -50,11 +50,18 @@ def test_recomputing_blocks_trades_operations_for_memory(compose):
 
 
 def test_bytes_on_the_wire(compose):
-    """Two processes exchange half their gradients twice, and the targets of 36 cells."""
+    """A ring of four: gradients go round twice less a quarter; rows reach three others, their gradients twice that."""
     needed = need(compose())
     assert needed.gathered == 36 * 64 * 4
-    assert needed.wire(images=8, devices=2) == 4 * needed.parameters + 4 * 8 * needed.gathered
+    assert needed.wire(images=8, devices=4) == 2 * 3 / 4 * 4 * needed.parameters + (3 + 6) * 8 * needed.gathered
     assert needed.wire(images=8, devices=1) == 0
+    assert need(compose("method.gather=false")).gathered == 0
+
+
+def test_simclr_sends_both_projections(compose):
+    needed = need(compose("method=simclr", name="pretrain"))
+    assert needed.gathered == 2 * 128 * 4
+    assert needed.operations > 0
 
 
 def test_hours_and_price(compose):

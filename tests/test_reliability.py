@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ import psutil
 import pytest
 import torch
 from conftest import CHECKOUT, launcher
+from PIL import Image
 from torch import nn
 
 from contrastive_core import checkpoint, training
@@ -203,6 +205,37 @@ def test_what_comes_twice_at_once_is_one_request_and_later_ctrl_c_means_it(monke
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_runs_workers_outlive_the_signal_that_the_whole_group_gets(tmp_path):
+    (tmp_path / "images").mkdir()
+    for index in range(64):
+        Image.new("RGB", (28, 28), (4 * index, 0, 0)).save(tmp_path / f"images/{index}.png")
+    run = tmp_path / "run"
+    data = ["data=imagefolder", f"data.root={tmp_path / 'images'}", "load_size=28", "image_size=28", "workers=2"]
+    data += ["patch={size: 8, stride: 4}", "+data.cache=false"]
+    options = [option for option in TINY if not option.startswith(("steps=", "probe_", "save_every="))]
+    tool = [str(CHECKOUT / "tools/pretrain_cpc.py"), *options, *data, "steps=5000", "save_every=5000", "probe_every=0"]
+    command = [sys.executable, *tool, f"run_dir={run}"]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    errors = tmp_path / "errors"
+    with (
+        errors.open("w") as file,
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=file, start_new_session=True) as process,
+    ):
+        try:
+            while not (run / "metrics.jsonl").is_file() or len(read_metrics(run)) < 3:
+                assert process.poll() is None, errors.read_text()
+                time.sleep(0.1)
+            assert len(psutil.Process(process.pid).children()) >= 2
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(15) == 143, errors.read_text()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    last = read_metrics(run)[-1]["step"]
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step_{last:08d}"]
+    assert "Traceback" not in errors.read_text()
 
 
 def test_on_two_processes_one_that_is_asked_is_enough(tmp_path):

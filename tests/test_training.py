@@ -1,6 +1,7 @@
 """The one loop, on methods small enough to check by hand, and CPC on a handful of images."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -242,6 +243,26 @@ def test_after_200_steps_the_averaged_weights_beat_the_initial_ones():
     with torch.no_grad():
         before, after = (float(m(batch)[0]) for m in (initial, averaged))
     assert after < before - 0.5
+
+
+class Dropping(Line):
+    """A line that sees its view through dropout, which draws from torch's own generator."""
+
+    def forward(self, batch):
+        return super().forward(replace(batch, views=(nn.functional.dropout(batch.views[0]),)))
+
+
+def test_dropout_after_a_resume_is_what_it_would_have_been():
+    whole = Dropping()
+    losses = [float(result.metrics["loss"]) for result in run(whole, steps=6)]
+    parts = Dropping()
+    first = [float(result.metrics["loss"]) for result in run(parts, steps=3)]
+    torch.manual_seed(12345)  # another process
+    rest = [float(result.metrics["loss"]) for result in run(parts, start=3, steps=6)]
+    assert first + rest == losses
+    assert torch.equal(parts.encoder.weight, whole.encoder.weight)
+    other = [float(result.metrics["loss"]) for result in run(Dropping(), steps=6, seed=1)]
+    assert other != losses
 
 
 def test_a_method_must_say_what_its_loss_is():

@@ -12,6 +12,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -u
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # which srun no longer takes over from sbatch by itself
 export RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME} MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OVERRIDES="${*:-experiment=imagenet_cpc_v2 data.root=/data/imagenet}"
 srun bash -c 'exec accelerate launch --config_file configs/accelerate/two_nodes.yaml \
