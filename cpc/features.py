@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -29,6 +29,8 @@ from cpc.views import normalise
 
 LARGEST_ARGUMENT = 100_000
 """Of widths, depths and sizes that a file may ask of an encoder, which is built before it is held to its weights."""
+
+Built = TypeVar("Built", bound=nn.Module)
 
 READOUTS = ("mean", "grid", "context")
 MODES = ("patches", "image")
@@ -197,9 +199,7 @@ def read_encoder(path: str | Path, encoder: nn.Module | None = None) -> tuple[nn
     """
     weights, card = read_card(path)
     if encoder is None:
-        with torch.device("meta"):  # a card may describe an encoder that no memory holds
-            check_fits(build_encoder(card["architecture"]), weights)
-        encoder = build_encoder(card["architecture"])
+        encoder = _built_to_fit(lambda: build_encoder(card["architecture"]), weights, "encoder")
     _load_weights_(encoder, weights, "encoder")
     return encoder, card
 
@@ -254,8 +254,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _load_weights_(module: nn.Module, weights: Path, kind: str) -> None:
-    if not weights.is_file():
-        raise FileNotFoundError(f"no {weights.name} in {weights.parent}, though its card tells of one: copy it too")
+    _check_there(weights)
     try:
         module.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:
@@ -264,20 +263,29 @@ def _load_weights_(module: nn.Module, weights: Path, kind: str) -> None:
         ) from None
 
 
-def check_fits(described: nn.Module, weights: Path) -> None:
-    """Raise ValueError where the tensors of a file are not those of a module, which may be on the meta device."""
+def _check_there(weights: Path) -> None:
+    if not weights.is_file():
+        raise FileNotFoundError(f"no {weights.name} in {weights.parent}, though its card tells of one: copy it too")
+
+
+def _built_to_fit(build: Callable[[], Built], weights: Path, kind: str) -> Built:
+    """What `build` builds, once it is seen without memory that the file's tensors are its: a card may say anything."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    _check_there(weights)
     try:
         with safe_open(weights, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"the weights in {weights} cannot be read: {error}") from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in described.state_dict().items()}
     wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if wrong:
+        of_file, of_card = (shapes.get(wrong[0], "missing") for shapes in (found, wanted))
         raise ValueError(
-            f"the weights in {weights} are not those of the encoder that its card describes: {wrong[0]} is "
-            f"{found.get(wrong[0], 'missing')}, the card's {wanted.get(wrong[0], 'has none')}"
+            f"the weights in {weights} are not those of the {kind} that its card describes: {wrong[0]} is {of_file} in "
+            f"the file, {of_card} by the card"
         )
+    return build()
 
 
 def _frozen(
@@ -337,8 +345,9 @@ def load_head(path: str | Path) -> ProjectionHead:
         raise ValueError(
             f"the run in {weights.parent} has no projection head ({card.get('method')}): pass head_layer=0"
         )
-    head = _build_head(card["head"])
-    _load_weights_(head, weights.with_name("head.safetensors"), "head")
+    weights = weights.with_name("head.safetensors")
+    head = _built_to_fit(lambda: _build_head(card["head"]), weights, "head")
+    _load_weights_(head, weights, "head")
     return head
 
 
@@ -360,9 +369,10 @@ def load_contexts(path: str | Path) -> Contexts:
     Args: `path`: as `load_encoder`'s. Raises as `load_head`.
     """
     weights, card = read_card(path)
-    contexts = build_contexts(card)
-    _load_weights_(contexts.networks, weights.with_name("context.safetensors"), "context networks")
-    return contexts
+    weights = weights.with_name("context.safetensors")
+    networks = _built_to_fit(lambda: build_contexts(card).networks, weights, "context networks")
+    _load_weights_(networks, weights, "context networks")
+    return Contexts(networks, card["context"]["context_of"])
 
 
 def read_classifier(path: str | Path) -> tuple[Classifier, dict[str, Any]]:

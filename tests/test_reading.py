@@ -5,11 +5,14 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from contrastive_core.checkpoint import export_encoder
+from contrastive_core.heads import ProjectionHead
 from contrastive_core.reading import DEEPEST, LARGEST, read_json, read_yaml
+from cpc.context import ContextNetwork
 from cpc.encoders import resnet_small
-from cpc.features import load_encoder
+from cpc.features import load_contexts, load_encoder, load_head
 
 BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]\n" for i in range(1, 40))
 
@@ -66,7 +69,7 @@ def test_a_plain_one_is_read(tmp_path):
 
 ABSURD = [
     ({"width": 10**9}, r"encoder\.json says 1e\+09 where no encoder has more than 100000"),
-    ({"width": 100_000}, r"not those of the encoder that its card describes: final_norm\.bias is \(16,\), the card's"),
+    ({"width": 100_000}, r"final_norm\.bias is \(16,\) in the file, \(400000,\) by the card"),
     ({"blocks": [[[10**7]]]}, r"encoder\.json says 1e\+07 where no encoder"),
     ({"width": -4}, r"resnet_small does not take what encoder\.json gives it: .*negative"),
 ]
@@ -82,6 +85,26 @@ def test_a_card_of_an_encoder_that_no_memory_holds_is_refused(tmp_path, change, 
     export_encoder(tmp_path, resnet_small(**arguments), card)
     with pytest.raises(ValueError, match=said):
         load_encoder(tmp_path)
+
+
+def test_so_are_a_head_and_context_networks_that_no_memory_holds(tmp_path):
+    head, networks = ProjectionHead(16, out=8), nn.ModuleDict({"down": ContextNetwork(16, width=4, layers=1)})
+    card = {
+        "architecture": {"name": "cpc.encoders.resnet_small", "arguments": {"width": 4}},
+        "input": {"image_size": 8, "mean": [0, 0, 0], "std": [1, 1, 1], "patch_size": 4, "stride": 2},
+        "head": head.arguments,
+        "context": {"networks": {"down": networks["down"].arguments}, "context_of": {"down": "down"}},
+    }
+    export_encoder(tmp_path, resnet_small(width=4), card, {"head": head, "context": networks})
+    load_head(tmp_path)
+    assert load_contexts(tmp_path).dim == 32
+    card["head"] = head.arguments | {"hidden": 10**7}
+    card["context"]["networks"]["down"] = networks["down"].arguments | {"width": 10**6}
+    (tmp_path / "encoder.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"not those of the head that its card describes: .* by the card"):
+        load_head(tmp_path)
+    with pytest.raises(ValueError, match=r"not those of the context networks that its card describes: .* by the card"):
+        load_contexts(tmp_path)
 
 
 def test_weights_that_are_none_are_refused(tmp_path):

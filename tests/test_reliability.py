@@ -268,6 +268,20 @@ def test_on_two_processes_one_that_is_asked_is_enough(tmp_path):
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step_{last:08d}"]
 
 
+def test_after_an_error_nobody_waits_for_an_answer_that_may_never_come():
+    class Never:
+        def wait(self):
+            pytest.fail("waited")
+
+    def failing():
+        with StopRequest() as request:
+            request._answer = (torch.tensor(0), Never())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+
+
 # ---- torch's own random numbers ----
 
 
