@@ -2,11 +2,12 @@
 
     PYTHONPATH=. python benchmarks/cpc_gpu.py --out F.json
 
-The recipes as they stand, on made-up images: the paper's ResNet-161, ResNet-50, CIFAR-10's small and large encoder;
-each also with every residual block compiled. Operations are counted on the meta device (convolutions and matrix
-products of the forward pass, three times for a step); the rate they are held against is that of a product of bf16
-squares on the same card. The trace sums the GPU's own time of three steps by kind of kernel. Every part is a process of
-its own, is written as it ends, and one that is there is skipped.
+The recipes as they stand, on made-up images: the paper's ResNet-161 and ResNet-50, CIFAR-10's small and large encoder;
+some of them also with torch's own group norm in place of our kernels, and with every residual block compiled.
+Operations are counted on the meta device (convolutions and matrix products of the forward pass, three times for a
+step); the rate they are held against is that of a product of bf16 squares on the same card. The trace sums the GPU's
+own time of three steps by kind of kernel; `waits` are the lines at which the host waited for the GPU within one step.
+Every part is a process of its own, is written as it ends, and one that is there is skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -29,6 +31,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from contrastive_core import layer_norm
 from contrastive_core.data import LoadedBatch
 from contrastive_core.method import Batch
 from contrastive_core.optim import parameter_groups
@@ -39,13 +42,35 @@ from cpc.entry import build, config_search, start_accelerator
 from cpc.pretrain import build_method
 
 RECIPES = {
-    "resnet161": ["experiment=imagenet_cpc_v2", "data.root=nowhere", "batch_size=16"],
-    "resnet50": ["experiment=imagenet_cpc_v2_resnet50", "data.root=nowhere", "batch_size=64"],
-    "cifar10": ["experiment=cifar10_cpc", "data.train=nowhere", "batch_size=256"],
+    "resnet161": ["experiment=imagenet_cpc_v2", "data.root=nowhere"],
+    "resnet50": ["experiment=imagenet_cpc_v2_resnet50", "data.root=nowhere"],
+    "cifar10": ["experiment=cifar10_cpc", "data.train=nowhere"],
     "cifar10_large": ["experiment=cifar10_cpc_large", "data.train=nowhere"],
 }
+# recipe, images, what is done otherwise
+PARTS = [
+    ("resnet161", 16, ""),
+    ("resnet161", 16, "torch's norm"),
+    ("resnet161", 64, ""),
+    ("cifar10_large", 256, ""),
+    ("cifar10_large", 256, "torch's norm"),
+    ("cifar10_large", 512, ""),
+    ("resnet50", 64, ""),
+    ("resnet50", 64, "torch's norm"),
+    ("cifar10", 256, ""),
+    ("resnet161", 16, "compiled"),
+    ("cifar10_large", 256, "compiled"),
+]
 KINDS = {  # of kernels, by what their names hold; the first that fits
-    "norms": ("GroupNorm", "RowwiseMoments", "ComputeInternalGradients", "ComputeBackwardFusedParams", "GammaBeta"),
+    "norms": (
+        "_forward_kernel",
+        "_backward_kernel",
+        "GroupNorm",
+        "RowwiseMoments",
+        "ComputeInternalGradients",
+        "ComputeBackwardFusedParams",
+        "GammaBeta",
+    ),
     "optimizer and norms of gradients": ("multi_tensor", "lpnorm", "LpNorm"),
     "compiled": ("triton",),
     "matrix products and convolutions": (
@@ -65,10 +90,10 @@ KINDS = {  # of kernels, by what their names hold; the first that fits
 }
 
 
-def composed(name: str) -> DictConfig:
+def composed(name: str, images: int) -> DictConfig:
     """A recipe as the command line would read it."""
     with config_search():
-        return hydra.compose("pretrain_cpc", RECIPES[name])
+        return hydra.compose("pretrain_cpc", [*RECIPES[name], f"batch_size={images}"])
 
 
 def made_up(size: int, pixels: int) -> Iterator[list[LoadedBatch]]:
@@ -90,13 +115,15 @@ def operations(cfg: DictConfig) -> float:
     return 3.0 * counter.get_total_flops()
 
 
-def trainer(cfg: DictConfig, compiled: bool) -> tuple[nn.Module, Iterator[StepResult], Any]:
+def trainer(cfg: DictConfig, way: str) -> tuple[nn.Module, Iterator[StepResult], Any]:
     """Views, endless steps as `cpc.run` takes them, and the accelerator."""
     accelerator = start_accelerator(precision=cfg.precision, device=None, threads=None)
     torch.manual_seed(0)
     method, views = build_method(cfg)
     method.to(memory_format=torch.channels_last)
-    if compiled:
+    if way == "torch's norm":
+        layer_norm.supported = lambda images: False
+    if way == "compiled":
         for module in method.encoder.modules():
             if isinstance(module, ResidualBlock):
                 module.compile()
@@ -161,6 +188,17 @@ def trace(steps: Iterator[StepResult]) -> dict[str, Any]:
     }
 
 
+def waits(steps: Iterator[StepResult]) -> list[str]:
+    """Where the host waited for the GPU within a step: file, line, and how often."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        next(steps)
+        torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in seen)
+    return [f"{place} x{times}" for place, times in places.most_common()]
+
+
 def matrix_rate(side: int) -> dict[str, float]:
     """Tera operations a second of a product of two bf16 squares of random numbers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,29 +215,36 @@ def matrix_rate(side: int) -> dict[str, float]:
     return {"tflops": round(10 * 2 * side**3 / statistics.median(seconds_each(run, 5)) / 1e12, 1)}
 
 
-def measure(name: str, compiled: bool, steps: int) -> dict[str, Any]:
+def measure(name: str, images: int, way: str, steps: int) -> dict[str, Any]:
     """A recipe's step."""
-    cfg = composed(name)
+    cfg = composed(name, images)
     began = time.perf_counter()
-    views, results, accelerator = trainer(cfg, compiled)
+    views, results, accelerator = trainer(cfg, way)
     seconds_each(results, 3)
     first = time.perf_counter() - began
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     took = seconds_each(results, steps)
+    began = time.perf_counter()
+    for _ in islice(results, steps):
+        pass
+    wait()
+    in_a_row = (time.perf_counter() - began) / steps
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     alone = seen(views, cfg, accelerator.device)
     seconds_each(alone, 2)
     views_took = seconds_each(alone, steps)
-    step = statistics.median(took)
+    step = in_a_row
     return {
         "batch_size": cfg.batch_size,
         "seconds_until_the_fourth_step": round(first, 1),
-        "seconds_a_step": {"median": step, "least": min(took), "most": max(took)},
+        "seconds_a_step": step,
+        "waited_for": {"median": statistics.median(took), "least": min(took), "most": max(took)},
         "images_a_second": round(cfg.batch_size / step, 1),
         "views_of_the_step": round(statistics.median(views_took) / step, 4),
         "peak_gib": round(peak, 2),
         "tflops": round(operations(cfg) * cfg.batch_size / step / 1e12, 1),
+        "waits": waits(results) if torch.cuda.is_available() else [],
         "trace": trace(results) if torch.cuda.is_available() else {},
     }
 
@@ -210,12 +255,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--limit", type=float, default=90, help="seconds after which a part is given up")
-    parser.add_argument("--part", action="append", help="only these parts, such as resnet161 or 'resnet161 compiled'")
+    parser.add_argument("--part", action="append", help="only these parts, such as 'resnet161 16 compiled'")
     parser.add_argument("--here", action="store_true", help="in this process, which is for one part")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    every = ["matrix rate", *(f"{name}{way}" for name in RECIPES for way in ("", " compiled"))]
-    for part in arguments.part or every:
+    every = {f"{name} {images} {way}".strip(): (name, images, way) for name, images, way in PARTS}
+    for part in arguments.part or ["matrix rate", *every]:
         done: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
         if part in done:
             continue
@@ -226,8 +271,7 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 print(f"{part}: given up after {arguments.limit} s", flush=True)
             continue
-        name, _, compiled = part.partition(" ")
-        done[part] = matrix_rate(8192) if part == "matrix rate" else measure(name, bool(compiled), arguments.steps)
+        done[part] = matrix_rate(8192) if part == "matrix rate" else measure(*every[part], arguments.steps)
         if "tflops" in done.get("matrix rate", {}) and part != "matrix rate":
             done[part]["of_the_matrix_rate"] = round(done[part]["tflops"] / done["matrix rate"]["tflops"], 4)
         done |= {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"}

@@ -44,7 +44,7 @@ def supported(queries: Tensor, keys: Tensor, pairs: Pairs) -> bool:
             return False
     elif queries.device.type != "cuda" or torch.version.cuda is None:
         return False
-    if not _has_triton():
+    if not has_triton():
         return False
 
     from contrastive_core import triton_sweep
@@ -53,7 +53,8 @@ def supported(queries: Tensor, keys: Tensor, pairs: Pairs) -> bool:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether triton is installed; it is not loaded for that."""
     return find_spec("triton") is not None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from contrastive_core.loss_arguments import check_pairs
+from contrastive_core.transfer import to_device
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def contrast_accuracy(queries: Tensor, keys: Tensor, positive: Tensor, *, limit:
     Example: with `queries = keys = torch.eye(4)` and `positive = torch.arange(4)` it is 1.
     """
     check_pairs(queries, keys, positive)
-    chosen = torch.linspace(0, len(queries) - 1, min(limit, len(queries))).round().long().to(queries.device)
+    chosen = to_device(torch.linspace(0, len(queries) - 1, min(limit, len(queries))).round().long(), queries.device)
     positive = positive[chosen]
     with torch.autocast(queries.device.type, enabled=False):  # in bf16 close scores tie
         scores = queries[chosen].float() @ keys.float().T
@@ -84,18 +85,17 @@ def effective_rank(features: Tensor, *, limit: int = 256) -> Tensor:
     if features.ndim != 2 or features.numel() == 0:
         raise ValueError(f"features have shape {tuple(features.shape)}: pass b d, at least one row")
     if len(features) > limit:
-        features = features[torch.linspace(0, len(features) - 1, limit).round().long().to(features.device)]
+        features = features[to_device(torch.linspace(0, len(features) - 1, limit).round().long(), features.device)]
     # in float64, where a product with itself costs singular values above 1e-8 of the largest no digit that counts
     rows = features.double()
     largest = rows.abs().max()
-    if not largest.isfinite():
-        return largest * math.nan
-    rows = rows / largest.clamp_min(torch.finfo(rows.dtype).tiny)
+    finite = largest.isfinite()  # not asked for: that would wait for the device
+    rows = torch.where(finite, rows, 1.0) / torch.where(finite, largest, 1.0).clamp_min(torch.finfo(rows.dtype).tiny)
     if len(rows) > rows.shape[1]:
         rows = rows.T
     singular = torch.linalg.eigvalsh(rows @ rows.T).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(torch.finfo(rows.dtype).tiny) + 1e-7
-    return torch.special.entr(share).sum().exp().clamp(1, len(rows))
+    return torch.where(finite, torch.special.entr(share).sum().exp().clamp(1, len(rows)), math.nan)
 
 
 LEAST_SPREAD, LEAST_RANK = 0.01, 1.5

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from contrastive_core.layer_norm import LayerNorm
+
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _SK_RATIO = 0.0625  # of a bottleneck's width ...
 _SK_LEAST = 32  # ... but at least this many channels decide between the two branches
@@ -115,7 +117,7 @@ class SimCLRResNet(nn.Module):
         sk: selective kernels, and ResNet-D's stem and shortcuts.
         stem: "imagenet" (7x7 stride 2, with `sk` three 3x3 of which the first has stride 2, then a 3x3 max-pool
             stride 2) or "cifar" (one 3x3 stride 1, with or without `sk`).
-        norm: "batch" (the paper's), or "layer": over the channels and pixels of one image (GroupNorm of one group),
+        norm: "batch" (the paper's), or "layer": over the channels and pixels of one image,
             for patches that must not see each other.
 
     With `sk` and norm="batch" a selective kernel normalises one number an image and channel over the batch: in
@@ -215,7 +217,7 @@ def _normalisation(kind: str, channels: int) -> nn.Module:
     if kind == "batch":
         return nn.BatchNorm2d(channels)
     if kind == "layer":
-        return nn.GroupNorm(1, channels)
+        return LayerNorm(channels)
     raise ValueError(f'norm={kind!r}: pass "batch" or "layer"')
 
 

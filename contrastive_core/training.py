@@ -22,6 +22,7 @@ from contrastive_core.method import Batch, Method
 from contrastive_core.momentum import ema_update_, polyak_decay
 from contrastive_core.optim import set_learning_rate_
 from contrastive_core.randomness import Randomness
+from contrastive_core.transfer import to_device
 
 SKIPS_IN_A_ROW = 50
 """fp16 steps that the gradient scaler may skip one after the other; it needs about 20 to find its scale."""
@@ -45,14 +46,14 @@ def make_batch(loaded: LoadedBatch, views: nn.Module, randomness: Randomness, de
     """Move uint8 images to the device and augment them there; or only move what the loader's workers have augmented."""
     with torch.no_grad():
         if loaded.views is None:
-            made = views(loaded.images.to(device, non_blocking=True), randomness)
+            made = views(to_device(loaded.images, device), randomness)
         else:
-            made = tuple(view.to(device, non_blocking=True) for view in loaded.views)
-    return Batch(made, loaded.indices.to(device), loaded.labels.to(device))
+            made = tuple(to_device(view, device) for view in loaded.views)
+    return Batch(made, to_device(loaded.indices, device), to_device(loaded.labels, device))
 
 
 def accumulated_gradients(
-    method: nn.Module, makers: Sequence[Callable[[], Batch]], accelerator: Accelerator, step: int
+    method: nn.Module, makers: Sequence[Callable[[], Batch]], accelerator: Accelerator
 ) -> dict[str, Tensor]:
     """Micro-batches add up their gradients; processes exchange them once, with the last. Returns mean metrics."""
     totals: dict[str, Tensor] = {}
@@ -60,7 +61,6 @@ def accumulated_gradients(
         batch = make()
         with nullcontext() if i + 1 == len(makers) else accelerator.no_sync(method):
             loss, metrics = method(batch)
-            check_loss(loss, step)
             accelerator.backward(loss)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value / len(makers)
@@ -68,13 +68,12 @@ def accumulated_gradients(
 
 
 def cached_gradients(
-    method: nn.Module, makers: Sequence[Callable[[], Batch]], accelerator: Accelerator, step: int
+    method: nn.Module, makers: Sequence[Callable[[], Batch]], accelerator: Accelerator
 ) -> dict[str, Tensor]:
     """Micro-batches are contrasted as one batch; processes exchange their gradients once. Returns its metrics."""
     with accelerator.no_sync(method):
         passes = CachedStep(accelerator.unwrap_model(method), makers, accelerator)
         loss, metrics = passes.forward()
-        check_loss(loss, step)
         passes.backward(loss)
     return {"loss": loss.detach(), **metrics}
 
@@ -85,10 +84,43 @@ def seed_torch_(seed: int, step: int, process: int) -> None:
     torch.manual_seed(int(drawn))
 
 
-def check_loss(loss: Tensor, step: int) -> None:
-    """Raise FloatingPointError, with what to do about it, where the loss is not finite."""
-    if not loss.isfinite():
-        raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: {_REMEDY}")
+def check_finite(loss: Tensor, norm: Tensor | None, step: int) -> None:
+    """Raise FloatingPointError, with what to do about it, where the loss or the gradient's norm is not finite.
+
+    It waits for the device, once.
+    """
+    numbers = [loss.double()] if norm is None else [loss.double(), norm.to(loss.device, torch.float64)]
+    for name, value in zip(("loss", "gradient's norm"), torch.stack(numbers).tolist(), strict=False):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {name} is {value} at step {step + 1}: {_REMEDY}")
+
+
+Steps = Iterator[tuple[list[LoadedBatch], list[Callable[[], Batch]]]]
+
+
+def makers_of(
+    batches: Iterable[list[LoadedBatch]], views: nn.Module, *, seed: int, start: int, device: torch.device
+) -> Steps:
+    """For each step its micro-batches as they were loaded, and for each of them what moves and augments it."""
+    for step, micro_batches in enumerate(batches, start):
+        yield (
+            micro_batches,
+            [
+                partial(make_batch, loaded, views, Randomness(seed, step, loaded.places), device)
+                for loaded in micro_batches
+            ],
+        )
+
+
+def made_ahead(makers: list[Callable[[], Batch]]) -> list[Callable[[], Batch]]:
+    """The same makers, of which the first has done its work."""
+    batch = makers[0]()
+    return [lambda: batch, *makers[1:]]
+
+
+def starts_ahead(device: torch.device) -> bool:
+    """Whether the host starts a step's views while the device computes the gradients of the one before."""
+    return device.type != "cpu"
 
 
 def train_steps(
@@ -127,24 +159,26 @@ def train_steps(
     bare: Method = accelerator.unwrap_model(method)
     if grad_cache:
         check_cacheable(bare)
-    skipped = 0
-    for step, micro_batches in enumerate(batches, start):
+    gradients = cached_gradients if grad_cache else accumulated_gradients
+    ahead = starts_ahead(accelerator.device)
+    coming = makers_of(batches, views, seed=seed, start=start, device=accelerator.device)
+    following = next(coming, None)
+    step, skipped = start, 0
+    while following is not None:
+        micro_batches, makers = following
         # the learning rate is a function of the step alone: nothing to save, nothing to step twice; read at the middle
         # of the step, so that neither the first of a warm-up nor the last of a decay is a step of rate 0
         lr = set_learning_rate_(optimizer, schedule((step + 0.5) / steps))
         seed_torch_(seed, step, accelerator.process_index)
 
-        makers = [
-            partial(make_batch, loaded, views, Randomness(seed, step, loaded.places), accelerator.device)
-            for loaded in micro_batches
-        ]
-        gradients = cached_gradients if grad_cache else accumulated_gradients
-        totals = gradients(method, makers, accelerator, step)
+        totals = gradients(method, makers, accelerator)
+        norm = accelerator.clip_grad_norm_(method.parameters(), math.inf if clip is None else clip)
+        if ahead and (following := next(coming, None)) is not None:
+            following = following[0], made_ahead(following[1])
+        # fp16's scaler skips a step by itself whose gradient is not finite
+        check_finite(totals["loss"], norm if accelerator.scaler is None else None, step)
 
         # the step itself, then whatever the method and the averaged copy do once a step
-        norm = accelerator.clip_grad_norm_(method.parameters(), math.inf if clip is None else clip)
-        if accelerator.scaler is None and not norm.isfinite():  # fp16's scaler skips such a step by itself
-            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step + 1}: {_REMEDY}")
         totals["gradient_norm"] = norm
         optimizer.step()
         skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
@@ -157,5 +191,8 @@ def train_steps(
         if averaged is not None:
             ema_update_(averaged, bare, polyak_decay(step, averaging_decay))
 
+        step += 1
         totals["lr"] = torch.tensor(lr, dtype=torch.float64)
-        yield StepResult(step + 1, totals, [fault for loaded in micro_batches for fault in loaded.faults])
+        yield StepResult(step, totals, [fault for loaded in micro_batches for fault in loaded.faults])
+        if not ahead:
+            following = next(coming, None)

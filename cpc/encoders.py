@@ -2,8 +2,8 @@
 
 CPC v2 (Henaff et al. 2020, section 3 and figure 3) found that BatchNorm lets patches see each other through the
 batch statistics, a shortcut past the prediction task that larger networks find. LayerNorm has no such statistics.
-The paper does not state the axes; here `norm="layer"` is GroupNorm with one group (statistics over the channels
-and pixels of one patch, an affine pair per channel), which accepts a patch of any size and a whole image as well.
+The paper does not state the axes; here `norm="layer"` has statistics over the channels and pixels of one patch, an
+affine pair per channel (`contrastive_core.layer_norm`), and accepts a patch of any size and a whole image as well.
 
 Every encoder has the two members that the rest relies on: `forward(images: b c h w) -> features: b d` and the int
 `dim`; ours also has `feature_map(images) -> b d h w`, of which `forward` is the spatial mean.
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from contrastive_core.layer_norm import LayerNorm, rectified
 
 NORMS = ("layer", "channel", "batch", "none")
 
@@ -40,7 +42,7 @@ class ChannelNorm(nn.Module):
 def normalisation(kind: str, channels: int) -> nn.Module:
     """The normalisation called `kind`: "layer", "channel", "batch" (couples patches: CPC v1) or "none"."""
     if kind == "layer":
-        return nn.GroupNorm(1, channels)
+        return LayerNorm(channels)
     if kind == "channel":
         return ChannelNorm(channels)
     if kind == "batch":
@@ -78,13 +80,13 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Conv2d(channels, width, 1, stride=stride // self.every, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        activation = F.relu(self.norms[0](images))
+        activation = rectified(self.norms[0], images)
         identity = images
         if self.shortcut is not None:
             identity = self.shortcut(activation[:, :, :: self.every, :: self.every])
         residual = self.convolutions[0](activation)
         for norm, convolution in zip(self.norms[1:], self.convolutions[1:], strict=True):
-            residual = convolution(F.relu(norm(residual)))
+            residual = convolution(rectified(norm, residual))
         return identity + residual
 
 
@@ -155,7 +157,7 @@ class PatchResNet(nn.Module):
                     if self.recompute
                     else block(maps)
                 )
-        return F.relu(self.final_norm(maps))
+        return rectified(self.final_norm, maps)
 
     def forward(self, images: Tensor) -> Tensor:
         """`b 3 h w` -> `b d`, the spatial mean of the feature map."""

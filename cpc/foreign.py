@@ -13,7 +13,8 @@ from typing import Any
 from contrastive_core.reading import read_yaml
 
 READERS = tuple(
-    f"contrastive_core.data.{name}" for name in ("mnist5k", "parquet", "imagefolder", "torchvision_dataset")
+    f"contrastive_core.data.{name}"
+    for name in ("mnist5k", "parquet", "imagefolder", "torchvision_dataset", "webdataset", "huggingface")
 )
 """The readers of data that a run's config.yaml may name, letter by letter: a prefix would let our imports through."""
 

@@ -96,8 +96,7 @@ class CPC(Method):
         for direction in self.directions:
             for offset in self.offsets:
                 predictions = rearrange(representations[f"{direction}_{offset}"], "b rows cols d -> (b rows cols) d")
-                positive = positive_cells(b, rows, cols, offset, direction) + first
-                positive = positive.to(local.device, non_blocking=True)
+                positive = positive_cells(b, rows, cols, offset, direction, local.device) + first
                 losses.append(self.loss(predictions, targets, positive, gather=False))
                 metrics[f"accuracy/{direction}_{offset}"] = contrast_accuracy(predictions, targets, positive)
         metrics["accuracy"] = torch.stack(list(metrics.values())).mean()

@@ -38,7 +38,9 @@ def check_offsets(offsets: Sequence[int], rows: int, cols: int) -> None:
             )
 
 
-def positive_cells(b: int, rows: int, cols: int, offset: int, direction: str) -> Tensor:
+def positive_cells(
+    b: int, rows: int, cols: int, offset: int, direction: str, device: torch.device | None = None
+) -> Tensor:
     """For each prediction, the index of its target among the `(b rows cols)` flattened, unturned targets.
 
     Returns `n` int64 with n = b (rows - offset) cols on the turned grid, in the order of
@@ -47,7 +49,9 @@ def positive_cells(b: int, rows: int, cols: int, offset: int, direction: str) ->
 
     Example: `positive_cells(1, 3, 2, 1, "down")` is [2, 3, 4, 5].
     """
-    cells = rearrange(torch.arange(b * rows * cols), "(b rows cols) -> b rows cols", rows=rows, cols=cols)
+    cells = rearrange(
+        torch.arange(b * rows * cols, device=device), "(b rows cols) -> b rows cols", rows=rows, cols=cols
+    )
     return rearrange(turn(cells, direction)[:, offset:], "b rows cols -> (b rows cols)")
 
 

@@ -51,7 +51,7 @@ def test_not_supported_on_a_cpu(monkeypatch):
 
 def test_not_supported_without_triton(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
     assert not any(refusals("cpu").values())
 
 

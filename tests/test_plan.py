@@ -36,16 +36,17 @@ def test_memory_is_that_of_the_parts(compose):
     assert plain.kept == averaged.kept > 0
 
 
-def test_memory_of_the_papers_step_is_what_a_gpu_measured(compose):
-    measured = json.loads((RESULTS / "cpc_gpu.json").read_text())["resnet161"]
-    planned = need(compose(*PAPER, "averaging=null")).bytes_of(measured["batch_size"]) / 2**30
-    assert planned == pytest.approx(measured["peak_gib"], rel=0.03)
+@pytest.mark.parametrize(("images", "within"), [(16, 0.05), (64, 0.01)])
+def test_memory_of_the_papers_step_is_what_a_gpu_measured(compose, images, within):
+    measured = json.loads((RESULTS / "cpc_gpu.json").read_text())[f"resnet161 {images}"]
+    planned = need(compose(*PAPER, "averaging=null")).bytes_of(images) / 2**30
+    assert planned == pytest.approx(measured["peak_gib"], rel=within)
 
 
 def test_recomputing_blocks_trades_operations_for_memory(compose):
     plain, twice = need(compose(*PAPER)), need(compose(*PAPER, "recompute=true"))
     assert twice.operations == pytest.approx(4 / 3 * plain.operations)
-    assert twice.kept < plain.kept / 3
+    assert twice.kept < plain.kept / 2
     assert (twice.fixed, twice.parameters) == (pytest.approx(plain.fixed, rel=0.1), plain.parameters)
 
 
@@ -99,8 +100,8 @@ def test_a_mistake_is_one_line(arguments, message, call_tool, capsys):
 
 
 def test_from_the_command_line(run_tool):
-    done = run_tool("tools/plan.py", *PAPER, "--devices", "32", "--images-per-second", "30.7")
+    done = run_tool("tools/plan.py", *PAPER, "--devices", "8", "--images-per-second", "199.6")
     assert done.returncode == 0, done.stderr
     assert "353.5 M" in done.stdout
-    assert "16; 31 fit 80 GiB" in done.stdout
+    assert "64; 78 fit 80 GiB" in done.stdout
     assert not torch.cuda.is_initialized()

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from contrastive_core import training
 from contrastive_core.augment import GaussianNoise
 from contrastive_core.data import ImageDataset, LoadedBatch, training_batches
 from contrastive_core.method import Batch, Method
@@ -173,6 +174,43 @@ def test_the_average_follows_the_weights_step_by_step():
         decay = min(0.3, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * method.encoder.weight.detach()
         torch.testing.assert_close(averaged.encoder.weight, expected)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_starting_the_next_steps_views_early_changes_nothing_but_when(accumulate, monkeypatch):
+    """As on a GPU: views of step 2 are made before the weights of step 1 change, and hold the same numbers."""
+    usual, early, order = Line(), Line(), []
+
+    def watched(images, randomness):
+        order.append(f"views {len(early.progress)}")
+        return colours(images, randomness)
+
+    expected = list(run(usual, accumulate=accumulate, batch_size=8))
+    monkeypatch.setattr(training, "starts_ahead", lambda device: True)
+    results = list(run(early, accumulate=accumulate, batch_size=8, views=watched))
+    assert [result.step for result in results] == [1, 2, 3, 4]
+    assert torch.equal(early.encoder.weight, usual.encoder.weight)
+    assert [r.metrics["loss"] for r in results] == [r.metrics["loss"] for r in expected]
+    # an accumulating step makes its other views when it needs them
+    assert (
+        order
+        == {
+            1: ["views 0", "views 0", "views 1", "views 2"],
+            2: ["views 0", "views 0", "views 0", "views 1", "views 1", "views 2", "views 2", "views 3"],
+        }[accumulate]
+    )
+
+
+def test_a_bad_loss_is_found_though_the_next_views_were_made(monkeypatch):
+    monkeypatch.setattr(training, "starts_ahead", lambda device: True)
+    method = Line()
+    method.bad_step = 2
+    steps = run(method)
+    next(steps)
+    weight = method.encoder.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="the loss is inf at step 2"):
+        next(steps)
+    assert torch.equal(method.encoder.weight, weight)
 
 
 def views_of(method):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from contrastive_core.augment.noise import noise_like
 from contrastive_core.augment.rows import check_images, check_probability, on_chosen
 from contrastive_core.randomness import Randomness
+from contrastive_core.transfer import to_device
 
 Fill = Literal["zero", "noise", "repeat"]
 _FILLS = ("zero", "noise", "repeat")
@@ -31,10 +32,10 @@ def drop_channels(images: Tensor, rank: Tensor, drop: int, fill: Fill, key: Tens
 
     Example: red (1, 0, 0) keeping channel 0 of three: (1, 0, 0) with "zero", (1, 1, 1) with "repeat".
     """
-    kept = (rank < images.shape[1] - drop)[:, :, None, None].to(images.device, non_blocking=True)
+    kept = to_device((rank < images.shape[1] - drop)[:, :, None, None], images.device)
     if fill == "zero":
         return images * kept
-    first = rank.argmin(1)[:, None, None, None].to(images.device, non_blocking=True)
+    first = to_device(rank.argmin(1)[:, None, None, None], images.device)
     channel = images.gather(1, first.expand(-1, 1, *images.shape[2:]))
     if fill == "repeat":
         return torch.lerp(channel.expand_as(images), images, kept.to(images.dtype))  # exact, and faster than where

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from contrastive_core.augment.geometry import affine_matrix, resample, sampling_grid
 from contrastive_core.augment.rows import check_images, check_probability, on_chosen
 from contrastive_core.randomness import Randomness
+from contrastive_core.transfer import to_device
 
 
 @lru_cache(maxsize=64)
@@ -28,7 +29,8 @@ def _blending(pixels: int, points: int) -> Tensor:
 
 def displacement(field: Tensor, size: tuple[int, int]) -> Tensor:
     """A field at control points n 2 gy gx (x first) at every pixel of size (rows, columns): n 2 h w, in its unit."""
-    along, across = _blending(size[0], field.shape[2]).to(field), _blending(size[1], field.shape[3]).to(field)
+    weights = (_blending(pixels, points) for pixels, points in zip(size, field.shape[2:], strict=True))
+    along, across = (to_device(weight, field.device, field.dtype) for weight in weights)
     return along @ field @ across.T
 
 
@@ -51,7 +53,8 @@ def elastic(images: Tensor, field: Tensor, shear: Tensor | None = None, fill: fl
         raise ValueError(f"expected a field {len(images)} 2 gy gx, gy and gx at least 2, got {tuple(field.shape)}")
     slopes = torch.zeros(len(images), 2) if shear is None else shear
     positions = sampling_grid(images, affine_matrix(shear_x=slopes[:, 0], shear_y=slopes[:, 1]))
-    moved = displacement(field.to(images.device, images.dtype, non_blocking=True), (images.shape[2], images.shape[3]))
+    field = to_device(field, images.device, images.dtype)
+    moved = displacement(field, (images.shape[2], images.shape[3]))
     return resample(images, positions + moved, fill)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_core.augment.rows import check_images, per_image
+from contrastive_core.transfer import to_device
 
 
 def affine_matrix(
@@ -50,9 +51,9 @@ def sampling_grid(images: Tensor, matrix: Tensor) -> Tensor:
     if matrix.shape != (len(images), 2, 3):
         raise ValueError(f"expected matrices {len(images)} 2 3, one an image, got {tuple(matrix.shape)}")
     h, w = images.shape[2:]
-    x = (torch.arange(w) - (w - 1) / 2).to(images.device, images.dtype, non_blocking=True)
-    y = (torch.arange(h) - (h - 1) / 2).to(images.device, images.dtype, non_blocking=True).unsqueeze(1)
-    moved = matrix.to(images.device, images.dtype, non_blocking=True)
+    x = (torch.arange(w, device=images.device) - (w - 1) / 2).to(images.dtype)
+    y = (torch.arange(h, device=images.device) - (h - 1) / 2).to(images.dtype).unsqueeze(1)
+    moved = to_device(matrix, images.device, images.dtype)
     of_x, of_y, constant = moved[:, :, :, None, None].unbind(2)  # each n 2 1 1
     # no matrix product: under autocast or with TF32 it would be off by up to a pixel
     return torch.addcmul(of_y * y + constant, of_x, x)
@@ -64,8 +65,7 @@ def resample(images: Tensor, positions: Tensor, fill: float | None = 0.0) -> Ten
     Outside the image lies `fill`, or with None the picture reflected at the border.
     """
     h, w = images.shape[2:]
-    unit = torch.tensor([2 / w, 2 / h])[:, None, None].to(images.device, images.dtype, non_blocking=True)
-    grid = (positions * unit).movedim(1, 3)
+    grid = torch.stack([positions[:, 0] * (2 / w), positions[:, 1] * (2 / h)], dim=3)
     if fill is None:
         return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     if fill == 0:
@@ -94,9 +94,10 @@ def crop(images: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Te
     """
     check_images(images)
     n, c, h, w = images.shape
-    y = (top[:, None] + torch.arange(size[0])).clamp_(0, h - 1)
-    x = (left[:, None] + torch.arange(size[1])).clamp_(0, w - 1)
-    pixels = (y[:, :, None] * w + x[:, None, :]).reshape(n, 1, -1).to(images.device, non_blocking=True)
+    top, left = (to_device(place, images.device)[:, None] for place in (top, left))
+    y = (top + torch.arange(size[0], device=images.device)).clamp_(0, h - 1)
+    x = (left + torch.arange(size[1], device=images.device)).clamp_(0, w - 1)
+    pixels = (y[:, :, None] * w + x[:, None, :]).reshape(n, 1, -1)
     return images.flatten(2).gather(2, pixels.expand(-1, c, -1)).reshape(n, c, *size)
 
 
@@ -115,7 +116,7 @@ def resized_crop(images: Tensor, box: Tensor, size: tuple[int, int], antialias: 
     check_images(images)
     if box.shape != (len(images), 4):
         raise ValueError(f"expected boxes {len(images)} 4, one an image, got {tuple(box.shape)}")
-    top, left, height, width = box.to("cpu", torch.float32).unbind(1)
+    top, left, height, width = to_device(box.float(), images.device).unbind(1)
     if antialias:
         along = _triangles(images, top, height, images.shape[2], size[0])
         across = _triangles(images, left, width, images.shape[3], size[1])
@@ -124,8 +125,7 @@ def resized_crop(images: Tensor, box: Tensor, size: tuple[int, int], antialias: 
     y = _places(top, height, size[0]) * (2 / images.shape[2]) - 1
     x = _places(left, width, size[1]) * (2 / images.shape[3]) - 1
     grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=3)
-    grid = grid.to(images.device, images.dtype, non_blocking=True)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
 
 
 def _full_precision(device: str) -> AbstractContextManager[object]:
@@ -135,19 +135,19 @@ def _full_precision(device: str) -> AbstractContextManager[object]:
 
 def _places(start: Tensor, length: Tensor, count: int) -> Tensor:
     """Where `count` pixels spread over start .. start + length (n) are read, n count, kept to the pixels' centres."""
-    places = start[:, None] + (torch.arange(count) + 0.5) / count * length[:, None]
+    places = start[:, None] + (torch.arange(count, device=start.device) + 0.5) / count * length[:, None]
     return places.clamp(start[:, None] + 0.5, (start + length)[:, None] - 0.5)
 
 
 def _triangles(images: Tensor, start: Tensor, length: Tensor, pixels: int, count: int) -> Tensor:
     """The weight of each of the image's pixels along a side in each of `count` resized ones: n 1 count pixels."""
     scale = (length / count)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(count)[:, None] + 0.5) * scale
-    source = torch.arange(pixels) + 0.5
+    centre = start[:, None, None] + (torch.arange(count, device=start.device)[:, None] + 0.5) * scale
+    source = torch.arange(pixels, device=start.device) + 0.5
     inside = (source > start[:, None]) & (source < (start + length)[:, None])
     weight = (1 - (source - centre).abs() / scale.clamp(min=1)).clamp_(min=0) * inside[:, None, :]
     weight = weight / weight.sum(2, keepdim=True)
-    return weight.unsqueeze(1).to(images.device, images.dtype, non_blocking=True)
+    return weight.unsqueeze(1).to(images.dtype)
 
 
 def cut_out(images: Tensor, x: Tensor, y: Tensor, side: Tensor, fill: float = 0.0) -> Tensor:
@@ -157,12 +157,12 @@ def cut_out(images: Tensor, x: Tensor, y: Tensor, side: Tensor, fill: float = 0.
     """
     check_images(images)
     h, w = images.shape[2:]
-    across = (torch.arange(w) + 0.5) / w
-    along = (torch.arange(h) + 0.5) / h
-    in_x = (across - x[:, None]).abs() < side[:, None] / 2
-    in_y = (along - y[:, None]).abs() < side[:, None] / 2
-    cut = (in_y[:, :, None] & in_x[:, None, :]).to(images.device, non_blocking=True)
-    return images.masked_fill(cut.unsqueeze(1), fill)
+    across = (torch.arange(w, device=images.device) + 0.5) / w
+    along = (torch.arange(h, device=images.device) + 0.5) / h
+    x, y, side = (to_device(share, images.device)[:, None] for share in (x, y, side))
+    in_x = (across - x).abs() < side / 2
+    in_y = (along - y).abs() < side / 2
+    return images.masked_fill((in_y[:, :, None] & in_x[:, None, :]).unsqueeze(1), fill)
 
 
 def shift_window(images: Tensor, top: Tensor, left: Tensor, size: tuple[int, int], fill: float = 0.0) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from contrastive_core.augment.rows import check_images, check_probability, on_chosen, per_image
 from contrastive_core.randomness import _GOLDEN, Randomness, _shift_right, mix64
+from contrastive_core.transfer import to_device
 
 
 def noise_like(images: Tensor, key: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def noise_like(images: Tensor, key: Tensor) -> Tensor:
     if key.shape != (len(images),):
         raise ValueError(f"expected a key an image, {len(images)} in all, got {tuple(key.shape)}")
     counters = torch.arange(1, images[0].numel() + 1, device=images.device) * _GOLDEN
-    bits = mix64(key.to(images.device, non_blocking=True)[:, None] + counters)
+    bits = mix64(to_device(key, images.device)[:, None] + counters)
     # 23 bits, so that 2 bits + 1 - 2**23 is odd and exact in float32: never 0 nor +-1, where erfinv is infinite
     centred = (_shift_right(bits, 41) * 2 + (1 - 2**23)).to(torch.float32) * 2.0**-23
     return (torch.erfinv(centred) * math.sqrt(2)).view_as(images).to(images.dtype)

@@ -18,6 +18,7 @@ from contrastive_core.augment.geometry import affine, affine_matrix, cut_out, mi
 from contrastive_core.augment.parts import parts_of
 from contrastive_core.augment.rows import by_group, check_images
 from contrastive_core.randomness import Randomness
+from contrastive_core.transfer import to_device
 
 # name: (identity, span at magnitude 1, works both ways)
 _RANGES: dict[str, tuple[float, float, bool]] = {
@@ -137,8 +138,8 @@ class AutoAugmentPrimitives(nn.Module):
         if name == "Cutout":
             return lambda x, rows: cut_out(x, place[rows, 0], place[rows, 1], level[rows], self.fill)
         if name == "SamplePairing":
-            partner = partners(len(images), parts, place[:, 0]).to(images.device, non_blocking=True)
-            return lambda x, rows: mix(x, images.index_select(0, partner[rows.to(x.device)]), level[rows])
+            partner = to_device(partners(len(images), parts, place[:, 0]), images.device)
+            return lambda x, rows: mix(x, images.index_select(0, partner[to_device(rows, x.device)]), level[rows])
         if name in _UNLEVELLED:
             return lambda x, rows: _UNLEVELLED[name](x)
         return lambda x, rows: _LEVELLED[name](x, level[rows])

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from contrastive_core.transfer import to_device
+
 
 def check_images(images: Tensor, channels: tuple[int, ...] | None = None) -> None:
     """Raise ValueError in one line unless images are floating `n c h w` (with c among `channels`, if given)."""
@@ -44,7 +46,7 @@ def per_image(numbers: Tensor, images: Tensor) -> Tensor:
     """
     if numbers.ndim == 0 or len(numbers) != len(images):
         raise ValueError(f"expected {len(images)} numbers, one an image, got numbers of shape {tuple(numbers.shape)}")
-    moved = numbers.to(images.device, images.dtype, non_blocking=True)
+    moved = to_device(numbers, images.device, images.dtype)
     return moved.reshape(*moved.shape, *(1,) * (images.ndim - moved.ndim))
 
 
@@ -66,7 +68,7 @@ def on_chosen(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], 
         return images
     if len(rows) == len(images):
         return operation(images, *numbers)
-    index = rows.to(images.device, non_blocking=True)
+    index = to_device(rows, images.device)
     return images.index_copy(0, index, operation(images.index_select(0, index), *(number[rows] for number in numbers)))
 
 
@@ -84,7 +86,7 @@ def by_group(images: Tensor, group: Tensor, operations: Sequence[Callable[[Tenso
         raise ValueError(f"the randomness is for {len(group)} images, got {len(images)}: build it with their places")
     order = torch.argsort(group, stable=True)
     counts = torch.bincount(group, minlength=len(operations)).tolist()
-    index = order.to(images.device, non_blocking=True)
+    index = to_device(order, images.device)
     gathered = images.index_select(0, index)
     result = torch.empty_like(gathered)
     for operation, piece, rows, places in zip(

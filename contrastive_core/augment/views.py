@@ -34,6 +34,7 @@ from contrastive_core.augment.image import (
 from contrastive_core.augment.noise import GaussianNoise
 from contrastive_core.augment.parts import Parts
 from contrastive_core.randomness import Randomness
+from contrastive_core.transfer import to_device
 
 AMPLITUDE = 0.05
 """Largest displacement of elastic deformation as a share of the side, 11 px of 224: ours, as for CPC v2's patches."""
@@ -52,8 +53,8 @@ def to_float(images: Tensor) -> Tensor:
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std per channel, for `... 3 h w` in 0..1."""
-    shape = (3, 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+    centre, scale = (to_device(torch.tensor(each, dtype=images.dtype), images.device) for each in (mean, std))
+    return (images - centre.view(3, 1, 1)) / scale.view(3, 1, 1)
 
 
 class Views(nn.Module):
@@ -175,7 +176,7 @@ class JigsawViews(nn.Module):
         cells = rearrange(cells, "b c (rows h) (cols w) -> (b rows cols) c h w", rows=3, cols=3)
         order = randomness.uniform("jigsaw/order", 9).argsort(dim=1)
         flat = (torch.arange(len(order))[:, None] * 9 + order).flatten()
-        return cells.index_select(0, flat.to(cells.device, non_blocking=True))
+        return cells.index_select(0, to_device(flat, cells.device))
 
 
 def _with_additions(pipeline: Sequence[Augmentation], channel_drop: float, elastic: float) -> tuple[Augmentation, ...]:

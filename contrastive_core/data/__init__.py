@@ -1,4 +1,4 @@
-"""Images in, batches out: data sets (`images`, `sources`) and the order and grouping of their samples (`loading`).
+"""Images in, batches out: data sets (`images`, `sources`, `shards`, `hub`) and the order of their samples (`loading`).
 
 A data set is a list of encoded images and a size; a batch is a pure function of (seed, step). Images stay uint8 until
 they are on the device, unless the loader's workers are to augment them (`worker_views`, which loads torchvision and is
@@ -6,6 +6,7 @@ imported from its own module). `fractions` chooses the few labels of many, `iden
 """
 
 from contrastive_core.data.fractions import LabelAmount, label_fraction, labels_listed, labels_per_class, only_labelled
+from contrastive_core.data.hub import huggingface
 from contrastive_core.data.identity import LabelSplit, sample_ids, split_digest
 from contrastive_core.data.images import ImageDataset, Sample, UndecodableImage
 from contrastive_core.data.loading import (
@@ -18,6 +19,7 @@ from contrastive_core.data.loading import (
     sample_order,
     training_batches,
 )
+from contrastive_core.data.shards import webdataset
 from contrastive_core.data.sources import Splits, imagefolder, mnist5k, parquet, torchvision_dataset
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "batch_indices",
     "decodable",
     "evaluation_batches",
+    "huggingface",
     "imagefolder",
     "label_fraction",
     "labels_listed",
@@ -45,4 +48,5 @@ __all__ = [
     "split_digest",
     "torchvision_dataset",
     "training_batches",
+    "webdataset",
 ]

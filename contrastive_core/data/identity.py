@@ -1,10 +1,10 @@
 """Who an image is, wherever its data set lies and in whatever order: what label splits are drawn by and checked by.
 
-An image's identity is a hash of its encoded bytes or pixels; of one that is a file, of the last two parts of its path,
-`n01440764/n01440764_10026.JPEG`, since a million files are not read to draw a split. So the same split comes out on
-another machine, under another root, from a shuffled copy. Two images that are one by that rule (the same bytes, or
-`x/s/1.png` and `y/s/1.png`) have one identity: they go by their order in the data set, and a digest does not tell one
-from the other.
+An image's identity is a hash of its encoded bytes or pixels; of one that is a file, or a file in a tar shard, of the
+last two parts of its path, `n01440764/n01440764_10026.JPEG`, since a million files are not read to draw a split. So the
+same split comes out on another machine, under another root, from a shuffled copy. Two images that are one by that rule
+(the same bytes, or `x/s/1.png` and `y/s/1.png`) have one identity: they go by their order in the data set, and a digest
+does not tell one from the other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_core.data.images import Encoded, ImageDataset
+from contrastive_core.data.images import Encoded, ImageDataset, Stored
 
 SPLIT_VERSION = 1
 """Of the way splits are drawn. Any change that gives other images another number, and another digest to all splits."""
@@ -27,7 +27,10 @@ def sample_ids(dataset: ImageDataset) -> Tensor:
 
     Example: two data sets of the same JPEG bytes in another order have the same identities in that order.
     """
-    return torch.tensor([_number(dataset.source[index]) for index in range(len(dataset))], dtype=torch.int64)
+    source = dataset.source
+    if isinstance(source, Stored):
+        return torch.tensor([_hash(source.identity(index)) for index in range(len(source))], dtype=torch.int64)
+    return torch.tensor([_number(source[index]) for index in range(len(source))], dtype=torch.int64)
 
 
 def split_digest(ids: Tensor, labels: Tensor, indices: Tensor) -> str:
@@ -62,4 +65,8 @@ def _number(encoded: Encoded) -> int:
         content = encoded
     else:
         content = str(encoded.shape).encode() + encoded.tobytes()
+    return _hash(content)
+
+
+def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)

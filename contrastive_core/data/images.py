@@ -32,6 +32,22 @@ LONGEST_SEARCH = 1000
 """Undecodable images in a row after which the search for a stand-in gives up."""
 
 
+class Stored(Sequence[Encoded]):
+    """Images that lie elsewhere and are read one by one: `__getitem__` by number, `len`, and what is below."""
+
+    def take(self, indices: Sequence[int]) -> Stored:
+        """The images at these places, unread."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What a person would call the image."""
+        raise NotImplementedError
+
+    def identity(self, index: int) -> bytes:
+        """What `contrastive_core.data.identity` tells the image from others by."""
+        raise NotImplementedError
+
+
 class UndecodableImage(ValueError):
     """An image that could not be turned into pixels; the message holds its name and the reason."""
 
@@ -99,6 +115,12 @@ def _centre_square(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)  # PIL widens the filter when it shrinks
 
 
+def _at(source: Sequence[Encoded] | np.ndarray, chosen: list[int]) -> Sequence[Encoded] | np.ndarray:
+    if isinstance(source, Stored):
+        return source.take(chosen)
+    return source[chosen] if isinstance(source, np.ndarray) else [source[i] for i in chosen]
+
+
 class ImageDataset(Dataset[Sample]):
     """Images of one size over a sequence of encoded ones; item i is a `Sample`.
 
@@ -110,7 +132,8 @@ class ImageDataset(Dataset[Sample]):
         names: a name an image, for messages; by default its path, or "image 17".
 
     Attributes: `labels`: `n` int64; `classes`: how many, 0 when unlabelled; `class_names`; `size`; `pixels`:
-    `n 3 size size` uint8 once cached, else None; `faults`: what is known to be undecodable, index -> name and reason.
+    `n 3 size size` uint8 once cached, else None; `faults`: what is known to be undecodable, index -> name and reason;
+    `shards`: `n` int64, where training is to mix the images of `shards_at_a_time` shards at a time, else None.
 
     Raises ValueError when the numbers of images, labels and names differ, or a label lies outside the classes.
 
@@ -144,6 +167,8 @@ class ImageDataset(Dataset[Sample]):
             raise ValueError(
                 f"labels run from {low} to {high} for {self.classes} classes: number them from 0, -1 = none"
             )
+        self.shards: Tensor | None = None
+        self.shards_at_a_time = 0
         self.pixels: Tensor | None = None
         self.faults: dict[int, str] = {}
         self._stand_ins = torch.arange(count)
@@ -160,6 +185,8 @@ class ImageDataset(Dataset[Sample]):
         """What a person would call the image: its path, "FILE row 17" or "image 17"."""
         if self.names is not None:
             return self.names[index]
+        if isinstance(self.source, Stored):
+            return self.source.name(index)
         item = self.source[index]
         return str(item) if isinstance(item, str | Path) else f"image {index}"
 
@@ -201,13 +228,16 @@ class ImageDataset(Dataset[Sample]):
     def subset(self, indices: Tensor | Sequence[int]) -> ImageDataset:
         """The images at these indices, in this order, with the same classes; index 0 is the first of them."""
         chosen = torch.as_tensor(indices, dtype=torch.int64).tolist()
+        stored = isinstance(self.source, Stored)
         part = ImageDataset(
-            self.source[chosen] if isinstance(self.source, np.ndarray) else [self.source[i] for i in chosen],
+            _at(self.source, chosen),
             size=self.size,
             labels=self.labels[chosen],
             class_names=self.class_names,
-            names=[self.name(i) for i in chosen],
+            names=None if stored and self.names is None else [self.name(i) for i in chosen],
         )
+        if self.shards is not None:
+            part.shards, part.shards_at_a_time = self.shards[chosen], self.shards_at_a_time
         if self.pixels is not None:
             faults = {place: self.faults[i] for place, i in enumerate(chosen) if i in self.faults}
             part._keep(self.pixels[chosen], faults)

@@ -49,24 +49,37 @@ class LoadedBatch(NamedTuple):
     views: tuple[Tensor, ...] | None = None
 
 
+class Shards(NamedTuple):
+    """In which of several files each image lies, `n` int64, and of how many files images are mixed at a time."""
+
+    of_image: Tensor
+    at_a_time: int
+
+
 @functools.lru_cache(maxsize=2)  # a step asks for its epoch's order again
-def _order(count: int, seed: int, epoch: int) -> Tensor:
+def _order(count: int, seed: int, epoch: int, of_image: Tensor | None = None, at_a_time: int = 0) -> Tensor:
     keys = Randomness(seed, epoch, torch.arange(count)).integers("sample order", 1 << 62)
-    return keys.argsort(stable=True)
+    order = keys.argsort(stable=True)
+    if of_image is None:
+        return order
+    shard_keys = Randomness(seed, epoch, torch.arange(int(of_image.max()) + 1)).integers("shard order", 1 << 62)
+    group = shard_keys.argsort(stable=True).argsort() // at_a_time  # of each shard
+    return order[group[of_image[order]].argsort(stable=True)]
 
 
-def sample_order(count: int, seed: int, epoch: int) -> Tensor:
+def sample_order(count: int, seed: int, epoch: int, shards: Shards | None = None) -> Tensor:
     """The order in which an epoch visits the images: a permutation of 0 .. count - 1, `count` int64.
 
     The images are sorted by a random number each, drawn as `Randomness(seed, epoch, image)`: the same on every
-    machine and in every version of torch.
+    machine and in every version of torch. With `shards` these are put in an order likewise, cut into groups of so many
+    at a time, and the images sorted within each group.
 
     Example: `sample_order(1, seed, epoch)` is `[0]`.
     """
-    return _order(count, seed, epoch).clone()
+    return _order(count, seed, epoch, *(shards or ())).clone()
 
 
-def batch_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:
+def batch_indices(count: int, batch_size: int, seed: int, step: int, shards: Shards | None = None) -> Tensor:
     """The global batch of optimizer step `step`, counted from 0: `batch_size` int64 indices, all different.
 
     Each epoch of count // batch_size steps is a new permutation. The images left over are dropped (another epoch
@@ -79,7 +92,7 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size {batch_size} for {count} images: pass 1 to {count}")
     epoch, place = divmod(step, count // batch_size)
-    return _order(count, seed, epoch)[place * batch_size :][:batch_size].clone()
+    return _order(count, seed, epoch, *(shards or ()))[place * batch_size :][:batch_size].clone()
 
 
 def training_batches(
@@ -123,8 +136,11 @@ def training_batches(
         raise ValueError(f"rank {rank} of {world}, steps {start} to {steps}, {workers} workers: not a run")
     size = batch_size // (world * accumulate)
     places = [torch.arange(size) + (a * world + rank) * size for a in range(accumulate)]
+    shards = None if dataset.shards is None else Shards(dataset.shards, dataset.shards_at_a_time)
     indices = (
-        batch_indices(len(dataset), batch_size, seed, step)[mine] for step in range(start, steps) for mine in places
+        batch_indices(len(dataset), batch_size, seed, step, shards)[mine]
+        for step in range(start, steps)
+        for mine in places
     )
     if views is None:
         return _steps(_load(dataset, indices, workers), places)

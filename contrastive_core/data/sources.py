@@ -32,7 +32,8 @@ class Splits(NamedTuple):
     test: ImageDataset | None
 
 
-def _splits(train: ImageDataset, test: ImageDataset | None, cache: bool) -> Splits:
+def cached_splits(train: ImageDataset, test: ImageDataset | None, cache: bool) -> Splits:
+    """Both splits, decoded into memory where `cache` is asked for and they fit."""
     return Splits(_cached(train, cache), None if test is None else _cached(test, cache))
 
 
@@ -55,7 +56,7 @@ def mnist5k(size: int = 28, cache: bool = True) -> Splits:
     """
     images, labels = _bundled_digits()
     train, test = split_by_hash(images, labels, test_per_class=100)
-    return _splits(_digits(images, labels, train, size), _digits(images, labels, test, size), cache)
+    return cached_splits(_digits(images, labels, train, size), _digits(images, labels, test, size), cache)
 
 
 def _digits(images: np.ndarray, labels: np.ndarray, rows: np.ndarray, size: int) -> ImageDataset:
@@ -119,7 +120,7 @@ def parquet(
         ImageDataset(images, size=size, labels=labels, class_names=class_names, names=names)
         for images, labels, names in tables
     ]
-    return _splits(parts[0], parts[1] if len(parts) == 2 else None, cache)
+    return cached_splits(parts[0], parts[1] if len(parts) == 2 else None, cache)
 
 
 def _read_parquet(files: StrPath | Sequence[StrPath], argument: str) -> tuple[list[Encoded], list[int], list[str]]:
@@ -209,7 +210,7 @@ def imagefolder(root: StrPath, *, size: int, cache: bool = True) -> Splits:
         for folder, paths in ((train_root, train), (test_root, test))
         if folder is not None and paths
     ]
-    return _splits(parts[0], parts[1] if len(parts) == 2 else None, cache)
+    return cached_splits(parts[0], parts[1] if len(parts) == 2 else None, cache)
 
 
 def _folders(paths: list[Path]) -> list[str]:
@@ -252,7 +253,7 @@ def torchvision_dataset(name: str, root: StrPath, *, size: int, download: bool =
     except (RuntimeError, FileNotFoundError) as error:
         remedy = "set data.root to where it is" + ("" if name == "imagenet" else ", or pass data.download=true")
         raise FileNotFoundError(f"{name} is not complete below {root}: {remedy} ({error})") from error
-    return _splits(_of_torchvision(train, size), _of_torchvision(test, size), cache)
+    return cached_splits(_of_torchvision(train, size), _of_torchvision(test, size), cache)
 
 
 def _of_torchvision(dataset: Any, size: int) -> ImageDataset:

@@ -27,6 +27,7 @@ from contrastive_core.augment.elastic import ElasticDeformation
 from contrastive_core.augment.rows import check_probability
 from contrastive_core.augment.views import AMPLITUDE, normalise, to_float
 from contrastive_core.randomness import Randomness
+from contrastive_core.transfer import to_device
 
 Transform = Callable[[Tensor], Tensor]
 """uint8 `3 s s` -> uint8, or float in 0..1, `3 image_size image_size`; its numbers come from torch's generator."""
@@ -82,7 +83,7 @@ class WorkerViews(nn.Module):
                 f"the randomness is for {len(seeds)} images, got {len(images)}: build it with their places"
             )
         made = [self.one(image, its) for image, its in zip(images.cpu(), seeds, strict=True)]
-        return tuple(torch.stack(view).to(images.device) for view in zip(*made, strict=True))
+        return tuple(to_device(torch.stack(view), images.device) for view in zip(*made, strict=True))
 
     def one(self, image: Tensor, seeds: Sequence[int]) -> tuple[Tensor, ...]:
         """The views of one image, uint8 `3 s s` on the CPU, with a seed a view; torch's generator stays as it was."""

@@ -1,0 +1,262 @@
+"""Collections that are larger than memory or than one file: tar shards as WebDataset writes them.
+
+A stream hands out images in an order that depends on how many read it, on the size of a buffer and on where it was
+interrupted, and needs a state to go on from. Here shards are read at random: one pass over the headers tells where each
+image lies, and from then on an image is a number, as in every other data set. So the order is that of `sample_order`,
+a function of (seed, epoch): the same on any number of processes and workers, none of which sees another's images, and a
+run goes on in the midst of a shard with nothing saved but its step.
+
+Where reading at random is slow (a spinning disk, a network), `shards_at_a_time` mixes the images of so many shards at a
+time, other ones together in every epoch, and reads stay within those.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from contrastive_core.data.images import ImageDataset, Stored
+from contrastive_core.data.sources import EXTENSIONS, Splits, StrPath, cached_splits
+
+logger = logging.getLogger(__name__)
+
+LARGEST_IMAGE = 1 << 28
+"""Bytes of an encoded image above which it is not read: 256 MiB, a hundred times a large photograph."""
+
+LONGEST_LABEL = 32
+"""Bytes of a `.cls` file above which it is no label."""
+
+OPEN_FILES = 64
+"""Shards that a process keeps open."""
+
+
+class Member(NamedTuple):
+    """Where an image lies in its shard: the first byte and how many; the sample's key; its label, -1 = none."""
+
+    start: int
+    length: int
+    key: str
+    label: int
+
+
+class TarImages(Stored):
+    """The images of tar shards, each read when it is asked for: encoded bytes by number, in the order of the shards.
+
+    Args:
+        files: the shards.
+        shard, start, length: `n` integers, for each image its shard and where it lies there.
+        keys: `n` names, without the shard's.
+    """
+
+    def __init__(
+        self, files: Sequence[str], shard: np.ndarray, start: np.ndarray, length: np.ndarray, keys: np.ndarray
+    ) -> None:
+        self.files, self.shard, self.start, self.length, self.keys = tuple(files), shard, start, length, keys
+        self._open: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]  # no slices, which nobody asks for
+        length = int(self.length[index])
+        if length > LARGEST_IMAGE:
+            raise ValueError(f"{length:,} bytes are no image, the limit is {LARGEST_IMAGE:,}")
+        read = os.pread(self._descriptor(int(self.shard[index])), length, int(self.start[index]))
+        if len(read) < length:
+            raise ValueError(
+                f"its shard ends after {len(read)} of its {length} bytes: it was changed since it was read"
+            )
+        return read
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            while len(self._open) >= OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[shard] = os.open(self.files[shard], os.O_RDONLY)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker that is not forked opens the shards itself
+        return self.__dict__ | {"_open": {}}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+    def take(self, indices: Sequence[int]) -> TarImages:
+        """The images at these places."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return TarImages(self.files, self.shard[chosen], self.start[chosen], self.length[chosen], self.keys[chosen])
+
+    def name(self, index: int) -> str:
+        """The shard's path and the sample's key."""
+        return f"{self.files[int(self.shard[index])]} {self.keys[index]}"
+
+    def identity(self, index: int) -> bytes:
+        """The last two parts of the key, as of a file's path: a million images are not read to draw a split."""
+        return "/".join(str(self.keys[index]).split("/")[-2:]).encode()
+
+
+def webdataset(
+    train: StrPath | Sequence[StrPath],
+    test: StrPath | Sequence[StrPath] | None = None,
+    *,
+    size: int,
+    shards_at_a_time: int | None = None,
+    index: StrPath | None = None,
+    cache: bool = True,
+) -> Splits:
+    """Images from tar shards as WebDataset writes them: what shares a name up to the first dot is a sample.
+
+    A sample's image is its first file with an image's suffix; its label the number in its `.cls` file, from 0, if it
+    has one. Nothing is unpacked, so that no path in a shard leads anywhere; links and samples without image are passed
+    over. A shard that is no tar, or ends too soon, is named in the log, and what comes before the break counts.
+
+    Args:
+        train, test: a folder of `.tar` files, a pattern such as "shards/train-*.tar", a file, or several of these.
+        size: pixels a side.
+        shards_at_a_time: mix the images of so many shards at a time; None = all of them.
+        index: a file (`.npz`) that keeps where images lie, made where there is none and anew when a shard has changed.
+        cache: whether to decode into memory what fits.
+
+    Raises FileNotFoundError where there is no shard, ValueError where no shard holds an image.
+
+    Example: a shard of `1.jpg`, `1.cls`, `2.jpg` holds two images, of which the second has no label.
+    """
+    known = {} if index is None else _read_index(Path(index))
+    parts = [
+        _of_shards(find_shards(where, argument), known, size, shards_at_a_time)
+        for where, argument in ((train, "data.train"), (test, "data.test"))
+        if where is not None
+    ]
+    if index is not None:
+        _write_index(Path(index), known)
+    classes = max(part.classes for part in parts)
+    for part in parts:
+        part.class_names = tuple(map(str, range(classes)))
+    return cached_splits(parts[0], parts[1] if len(parts) == 2 else None, cache)
+
+
+def find_shards(where: StrPath | Sequence[StrPath], argument: str) -> list[str]:
+    """Paths of shards, sorted: of a folder, a pattern, a file, or several of these.
+
+    Raises FileNotFoundError that names the argument where there is none.
+    """
+    found: list[str] = []
+    for each in [where] if isinstance(where, str | os.PathLike) else where:
+        path = Path(each)
+        several = path.glob("*.tar") if path.is_dir() else path.parent.glob(path.name)
+        files = [str(path)] if path.is_file() else sorted(map(str, several))
+        if not files:
+            raise FileNotFoundError(f"no shard {each}: set {argument} to a folder of .tar files, or to a pattern")
+        found += files
+    return found
+
+
+def _of_shards(
+    files: list[str], known: dict[str, list[Member]], size: int, shards_at_a_time: int | None
+) -> ImageDataset:
+    members = [known[file] if file in known else known.setdefault(file, read_shard(file)) for file in files]
+    rows = [(shard, *member) for shard, some in enumerate(members) for member in some]
+    if not rows:
+        raise ValueError(f"{len(files)} shards from {files[0]} on hold no image: their files need an image's suffix")
+    shard, start, length, keys, labels = zip(*rows, strict=True)
+    places = [np.array(numbers, dtype=np.int64) for numbers in (shard, start, length)]
+    source = TarImages(files, places[0], places[1], places[2], np.array(keys))
+    dataset = ImageDataset(source, size=size, labels=list(labels))
+    if shards_at_a_time is not None:
+        if shards_at_a_time < 1:
+            raise ValueError(f"shards_at_a_time={shards_at_a_time}: pass 1 or more, or null to mix all images")
+        dataset.shards, dataset.shards_at_a_time = torch.from_numpy(source.shard), shards_at_a_time
+    return dataset
+
+
+def read_shard(file: str) -> list[Member]:
+    """The images of a shard, by their headers; a break is named in the log, and ends the list."""
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    broken = ""
+    try:
+        size = os.path.getsize(file)
+        with tarfile.open(file, "r:") as shard:  # not compressed: a place in a compressed file cannot be gone to
+            for member in shard:
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError("it ends within a file")
+                key, _, suffix = _sample(member.name)
+                if not member.isreg():
+                    continue
+                if suffix == "cls" and member.size <= LONGEST_LABEL and (text := shard.extractfile(member)) is not None:
+                    labels[key] = _label(text.read(), file, key)
+                elif f".{suffix.rpartition('.')[2]}" in EXTENSIONS:
+                    images.setdefault(key, member)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        broken = " ".join(str(error).split())
+    if broken:
+        logger.warning("broken shard %s: %s; the %d images before that are used", file, broken, len(images))
+    return [Member(member.offset_data, member.size, key, labels.get(key, -1)) for key, member in images.items()]
+
+
+def _sample(name: str) -> tuple[str, str, str]:
+    """The key of a sample, a dot, the suffix: the name is split at the first dot behind the last slash."""
+    folder, slash, file = name.rpartition("/")
+    key, dot, suffix = file.partition(".")
+    return folder + slash + key, dot, suffix.lower()
+
+
+def _label(text: bytes, file: str, key: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{file}: the label of {key} is {text[:20]!r}: number the classes from 0") from None
+
+
+def _state(file: str) -> tuple[int, int]:
+    """What changes when a shard does: its size and its time."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_index(index: Path) -> dict[str, list[Member]]:
+    """The shards that are as they were when the index was written."""
+    if not index.is_file():
+        return {}
+    try:
+        with np.load(index, allow_pickle=False) as kept:
+            tables = {name: kept[name] for name in ("files", "states", "shard", "start", "length", "keys", "labels")}
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{index} is no index of shards ({error}): pass another data.index, or remove it") from error
+    files, bounds = tables["files"].tolist(), np.searchsorted(tables["shard"], np.arange(len(tables["files"]) + 1))
+    known = {}
+    for place, file in enumerate(files):
+        if Path(file).is_file() and _state(file) == tuple(tables["states"][place].tolist()):
+            rows = slice(bounds[place], bounds[place + 1])
+            columns = (tables[name][rows].tolist() for name in ("start", "length", "keys", "labels"))
+            known[file] = [Member(*row) for row in zip(*columns, strict=True)]
+    return known
+
+
+def _write_index(index: Path, known: Mapping[str, list[Member]]) -> None:
+    """Keep what is known, unless that is what is kept already; whole or not at all, whoever else does the same."""
+    if _read_index(index).keys() == known.keys():
+        return
+    rows = [(shard, *member) for shard, members in enumerate(known.values()) for member in members]
+    shard, start, length, keys, labels = zip(*rows, strict=True)
+    temporary = index.with_name(f".{index.name}.{os.getpid()}.npz")
+    index.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        temporary,
+        files=np.array(list(known)),
+        states=np.array([_state(file) for file in known]),
+        shard=np.array(shard, dtype=np.int64),
+        start=np.array(start, dtype=np.int64),
+        length=np.array(length, dtype=np.int64),
+        keys=np.array(keys),
+        labels=np.array(labels, dtype=np.int64),
+    )
+    temporary.replace(index)

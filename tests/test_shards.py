@@ -1,0 +1,388 @@
+"""Tar shards against the webdataset package's own reading, broken and hostile ones, and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from test_data import png
+
+from contrastive_core.data import (
+    UndecodableImage,
+    batch_indices,
+    huggingface,
+    label_fraction,
+    sample_ids,
+    sample_order,
+    training_batches,
+    webdataset,
+)
+from contrastive_core.data import shards as shards_module
+from contrastive_core.data.loading import Shards
+
+
+def write_shard(path: Path, first: int, count: int, labelled: bool = True) -> None:
+    """Image i is grey of value i; by the webdataset package."""
+    with wds.TarWriter(str(path)) as writer:
+        for i in range(first, first + count):
+            label = {"cls": i % 3} if labelled else {}
+            writer.write({"__key__": f"{i % 3}/{i:04d}", "png": png(i), **label})
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Four shards of five images each."""
+    for shard in range(4):
+        write_shard(tmp_path / f"train-{shard:03d}.tar", 5 * shard, 5)
+    return tmp_path
+
+
+def members(path: Path, files: dict[str, bytes]) -> str:
+    """A tar of these files, in this order."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def values(dataset) -> list[int]:
+    return [int(dataset[i].image[0, 0, 0]) for i in range(len(dataset))]
+
+
+# --- what is read -------------------------------------------------------------------------------------------------
+
+
+def test_the_same_samples_as_webdataset_reads(folder):
+    theirs = []
+    for file in sorted(folder.glob("*.tar")):
+        with file.open("rb") as stream:  # `wds.WebDataset` itself leaves files open
+            files = wds.tariterators.tar_file_expander([{"url": str(file), "stream": stream}])
+            theirs += list(wds.tariterators.group_by_keys(files))
+    ours = webdataset(folder, size=8, cache=False).train
+    assert [ours.source[i] for i in range(20)] == [sample["png"] for sample in theirs]
+    assert ours.labels.tolist() == [int(sample["cls"]) for sample in theirs]
+    assert [str(key) for key in ours.source.keys] == [sample["__key__"] for sample in theirs]
+    assert values(ours) == list(range(20))
+    assert ours.classes == 3
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_splits_cache_and_subset(folder, cache):
+    write_shard(folder / "test.tar", 100, 3)
+    train, test = webdataset(str(folder / "train-*.tar"), folder / "test.tar", size=8, cache=cache)
+    assert test is not None
+    assert (len(train), len(test)) == (20, 3)
+    assert (train.pixels is not None) == cache
+    part = train.subset([7, 2])
+    assert (values(part), part.labels.tolist()) == ([7, 2], [1, 2])
+    assert part.name(0) == f"{folder}/train-001.tar 1/0007"
+
+
+def test_samples_as_people_write_them(tmp_path):
+    """More than one file a sample, dots and folders in names, no label, no image, capital suffixes."""
+    files = {
+        "a/one.seg.png": png(1), "a/one.cls": b"2", "a/one.json": b"{}", "two.PNG": png(2), "two.left.png": png(9),
+        "three.cls": b"1", "./four.jpg": png(4), "four.cls": b" 0\n",
+    }  # fmt: skip
+    dataset = webdataset(members(tmp_path / "x.tar", files), size=8).train
+    assert dataset.labels.tolist() == [2, -1, -1]  # "./four" and "four" are two names
+    assert [str(key) for key in dataset.source.keys] == ["a/one", "two", "./four"]
+    assert values(dataset) == [1, 2, 4]
+
+
+def test_unlabelled(tmp_path):
+    write_shard(tmp_path / "x.tar", 0, 4, labelled=False)
+    dataset = webdataset(tmp_path, size=8).train
+    assert (dataset.labels.tolist(), dataset.classes) == ([-1] * 4, 0)
+
+
+def test_identities_are_those_of_the_unpacked_files(folder):
+    ids = sample_ids(webdataset(folder, size=8, cache=False).train)
+    assert len(set(ids.tolist())) == 20
+    reversed_names = sample_ids(webdataset(sorted(folder.glob("*.tar"))[::-1], size=8, cache=False).train)
+    assert sorted(ids.tolist()) == sorted(reversed_names.tolist())
+    assert not torch.equal(ids, reversed_names)
+    dataset = webdataset(folder, size=8, cache=False).train
+    assert len(label_fraction(dataset.labels, 0.5, seed=0, ids=ids)) >= 9
+
+
+# --- order --------------------------------------------------------------------------------------------------------
+
+
+def test_shards_at_a_time_mixes_so_many(folder):
+    dataset = webdataset(folder, size=8, cache=False, shards_at_a_time=2).train
+    shards = Shards(dataset.shards, dataset.shards_at_a_time)
+    pairs = set()
+    for epoch in range(6):
+        order = sample_order(20, 0, epoch, shards)
+        assert sorted(order.tolist()) == list(range(20))
+        first, second = (set((order[half] // 5).tolist()) for half in (slice(0, 10), slice(10, 20)))
+        assert (len(first), len(second), first & second) == (2, 2, set())
+        assert (order[:10] // 5).tolist() != sorted((order[:10] // 5).tolist())  # mixed, not one after the other
+        pairs.add(frozenset(first))
+    assert len(pairs) > 1  # other ones together in another epoch
+
+
+def test_all_shards_at_a_time_is_another_name_for_all():
+    of_image = torch.arange(20) // 5
+    assert torch.equal(sample_order(20, 1, 2, Shards(of_image, 4)), sample_order(20, 1, 2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_do_not_depend_on_processes_workers_or_interruption(folder, workers, world):
+    """Two epochs of five steps: every image once an epoch, none on two processes; a resumed run goes on in a shard."""
+    dataset = webdataset(folder, size=8, cache=False, shards_at_a_time=2).train
+    options = {"batch_size": 4, "seed": 0, "world": world, "workers": workers}
+    seen = [[], []]
+    for rank in range(world):
+        for start, stop in ((0, 3), (3, 10)):
+            for step, (batch,) in enumerate(
+                training_batches(dataset, start=start, steps=stop, rank=rank, **options), start
+            ):
+                assert batch.images[:, 0, 0, 0].tolist() == batch.indices.tolist()
+                expected = batch_indices(20, 4, 0, step, Shards(dataset.shards, 2))
+                assert batch.indices.tolist() == expected[batch.places].tolist()
+                seen[step // 5] += batch.indices.tolist()
+    assert [sorted(epoch) for epoch in seen] == [list(range(20))] * 2
+
+
+def test_a_pickled_data_set_opens_its_shards_itself(folder):
+    dataset = webdataset(folder, size=8, cache=False).train
+    assert int(dataset[3].image[0, 0, 0]) == 3
+    again = pickle.loads(pickle.dumps(dataset))
+    assert again.source._open == {}
+    assert values(again) == list(range(20))
+
+
+def test_few_shards_stay_open(folder, monkeypatch):
+    monkeypatch.setattr(shards_module, "OPEN_FILES", 2)
+    dataset = webdataset(folder, size=8, cache=False).train
+    assert [int(dataset[i].image[0, 0, 0]) for i in (0, 5, 10, 15, 1)] == [0, 5, 10, 15, 1]
+    assert len(dataset.source._open) == 2
+
+
+# --- broken and hostile -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [600, 1024 + 40, 2600])
+def test_a_truncated_shard_counts_up_to_the_break(folder, caplog, left):
+    """Each sample takes 2,048 bytes or so: header and content of an image, and of a label."""
+    whole = (folder / "train-001.tar").read_bytes()
+    (folder / "train-001.tar").write_bytes(whole[:left])
+    with caplog.at_level(logging.WARNING):
+        dataset = webdataset(folder, size=8, cache=False).train
+    assert "broken shard" in caplog.text
+    assert "train-001.tar" in caplog.text
+    assert 15 <= len(dataset) < 20
+    assert set(values(dataset)) >= {0, 1, 2, 3, 4, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no tar at all" * 100, b"\x1f\x8b\x08" + bytes(600)], ids=["empty", "text", "gz"]
+)
+def test_what_is_no_tar_is_passed_over(folder, caplog, content):
+    (folder / "train-002.tar").write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert len(webdataset(folder, size=8, cache=False).train) == 15
+    assert "broken shard" in caplog.text
+    assert "train-002.tar" in caplog.text
+
+
+def test_paths_and_links_in_a_shard_lead_nowhere(tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(77))
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (
+            ("link.png", tarfile.SYMTYPE),
+            ("hard.png", tarfile.LNKTYPE),
+            ("pipe.png", tarfile.FIFOTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, str(secret)
+            tar.addfile(info)
+        for name in ("../../outside.png", "/absolute.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(png(5))
+            tar.addfile(info, io.BytesIO(png(5)))
+    before = sorted(tmp_path.rglob("*"))
+    dataset = webdataset(tmp_path / "x.tar", size=8).train
+    assert values(dataset) == [5, 5]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_image_that_claims_too_much_is_named(folder, monkeypatch):
+    monkeypatch.setattr(shards_module, "LARGEST_IMAGE", 10)
+    dataset = webdataset(folder, size=8, cache=False).train
+    with pytest.raises(UndecodableImage, match=r"train-000.tar 0/0000: .* bytes are no image, the limit is 10"):
+        dataset.decode(0)
+
+
+def test_a_shard_that_shrank_since(folder):
+    dataset = webdataset(folder, size=8, cache=False).train
+    (folder / "train-003.tar").write_bytes(b"")
+    with pytest.raises(UndecodableImage, match=r"train-003.tar 0/0015: its shard ends after 0 of its \d+ bytes"):
+        dataset.decode(15)
+    assert dataset[15].index == 0  # the next that can be decoded stands in
+    assert "0/0015" in dataset[15].fault
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a.png": png(1), "a.cls": b"cat"}, "the label of a is b'cat': number the classes from 0"),
+        ({"a.txt": b"x"}, "1 shards from .* on hold no image: their files need an image's suffix"),
+        ({"a.png": png(1), "a.cls": b"-3"}, "labels run from -3"),
+    ],
+)
+def test_one_clear_line(tmp_path, files, said):
+    with pytest.raises(ValueError, match=said):
+        webdataset(members(tmp_path / "x.tar", files), size=8)
+
+
+def test_no_shard(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no shard .*: set data.test to a folder of .tar files"):
+        webdataset(members(tmp_path / "x.tar", {"a.png": png(1)}), tmp_path / "y-*.tar", size=8)
+
+
+def test_no_shards_at_a_time(folder):
+    with pytest.raises(ValueError, match="shards_at_a_time=0: pass 1 or more, or null"):
+        webdataset(folder, size=8, shards_at_a_time=0)
+
+
+# --- the index ----------------------------------------------------------------------------------------------------
+
+
+def test_an_index_saves_reading_the_headers_again(folder, tmp_path, monkeypatch):
+    index = tmp_path / "kept" / "index.npz"
+    first = webdataset(folder, size=8, cache=False, index=index).train
+    read = []
+    usual = shards_module.read_shard
+    monkeypatch.setattr(shards_module, "read_shard", lambda file: read.append(Path(file).name) or usual(file))
+    again = webdataset(folder, size=8, cache=False, index=index).train
+    assert read == []
+    assert (values(again), again.labels.tolist()) == (values(first), first.labels.tolist())
+    write_shard(folder / "train-001.tar", 5, 3)  # changed
+    write_shard(folder / "train-004.tar", 20, 2)  # new
+    changed = webdataset(folder, size=8, cache=False, index=index).train
+    assert read == ["train-001.tar", "train-004.tar"]
+    assert values(changed) == [0, 1, 2, 3, 4, 5, 6, 7, *range(10, 22)]
+    read.clear()
+    webdataset(folder, size=8, cache=False, index=index)
+    assert read == []
+    assert [path.name for path in index.parent.iterdir()] == ["index.npz"]
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None], ids=["empty", "nonsense", "pickle"])
+def test_what_is_no_index(folder, tmp_path, content):
+    index = tmp_path / "index.npz"
+    if content is None:
+        np.savez(index, files=np.array([object()], dtype=object))
+    else:
+        index.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is no index of shards .*: pass another data.index, or remove it"):
+        webdataset(folder, size=8, index=index)
+
+
+# --- Hugging Face -------------------------------------------------------------------------------------------------
+
+
+def rows(first: int, count: int) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "cow"])})
+    cells = {"image": [{"bytes": png(i), "path": None} for i in range(first, first + count)]}
+    cells["label"] = [i % 3 for i in range(first, first + count)]
+    return datasets.Dataset.from_dict(cells, features=features)
+
+
+@pytest.fixture(params=["parquet", "save_to_disk"])
+def saved(request, tmp_path, monkeypatch) -> str:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    both = datasets.DatasetDict({"train": rows(0, 12), "test": rows(100, 4)})
+    if request.param == "save_to_disk":
+        both.save_to_disk(tmp_path / "data")
+    else:
+        (tmp_path / "data").mkdir()
+        both["train"].select(range(7)).to_parquet(tmp_path / "data" / "train-00000-of-00002.parquet")
+        both["train"].select(range(7, 12)).to_parquet(tmp_path / "data" / "train-00001-of-00002.parquet")
+        both["test"].to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    return str(tmp_path / "data")
+
+
+def test_a_hugging_face_data_set(saved):
+    train, test = huggingface(saved, size=8, cache=False)
+    assert test is not None
+    assert values(train) == list(range(12))
+    assert values(test) == [100, 101, 102, 103]
+    assert train.labels.tolist() == [i % 3 for i in range(12)]
+    assert train.class_names == ("cat", "dog", "cow")
+    assert train.name(3) == f"{saved} train row 3"
+    part = train.subset([5, 1])
+    assert (values(part), part.labels.tolist()) == ([5, 1], [2, 1])
+    assert isinstance(part.source.rows, datasets.Dataset)  # still unread
+
+
+def test_a_hugging_face_data_set_through_workers(saved):
+    dataset = huggingface(saved, size=8, cache=False, test=None).train
+    batches = training_batches(dataset, batch_size=4, seed=0, start=0, steps=3, workers=2)
+    seen = [index for (batch,) in batches for index in batch.indices.tolist()]
+    assert sorted(seen) == list(range(12))
+
+
+def test_identities_of_hugging_face_rows_are_those_of_the_bytes(saved):
+    from contrastive_core.data import ImageDataset
+
+    ours = sample_ids(huggingface(saved, size=8, cache=False).train)
+    assert torch.equal(ours, sample_ids(ImageDataset([png(i) for i in range(12)], size=8)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"test": "val"}, "has the splits .* and no 'val': set data.train and data.test"),
+        ({"image": "img"}, "has the columns .* and no 'img': set data.image and data.label"),
+        ({"label": "class"}, "has the columns .* and no 'class'"),
+    ],
+)
+def test_what_a_hugging_face_data_set_has_not(saved, options, said):
+    with pytest.raises(ValueError, match=said):
+        huggingface(saved, size=8, **options)
+
+
+def test_no_hugging_face_data_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match=r"no data set .*nowhere: set data.path to a folder or a name"):
+        huggingface(str(tmp_path / "nowhere"), size=8)
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+
+def test_pretraining_from_shards_is_pretraining_from_a_folder(folder, tmp_path, call_tool):
+    """The same images under the same names in the same order: the same run, to the bit."""
+    from contrastive_core.run_log import read_metrics
+    from cpc.pretrain import main
+
+    unpacked = tmp_path / "unpacked"
+    for file in sorted(folder.glob("*.tar")):
+        with tarfile.open(file) as tar:
+            for member in tar:
+                if member.name.endswith(".png"):
+                    target = unpacked / Path(file).stem / Path(member.name).name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(tar.extractfile(member).read())
+    options = ["steps=3", "batch_size=4", "probe_every=0", "encoder.width=4", "log_every=1", "threads=1"]
+    call_tool(main, "data=webdataset", f"data.train={folder}/train-*.tar", f"run_dir={tmp_path}/a", *options)
+    call_tool(main, "data=imagefolder", f"data.root={unpacked}", f"run_dir={tmp_path}/b", *options)
+    first, second = ([row["loss"] for row in read_metrics(tmp_path / run) if "loss" in row] for run in ("a", "b"))
+    assert len(first) == 3
+    assert first == second
