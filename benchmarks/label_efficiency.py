@@ -50,7 +50,9 @@ CPC_RUN = ["tools/pretrain_cpc.py", *ONE_THREAD]
 SIMCLR_RUN = ["tools/pretrain.py", "method=simclr", *ONE_THREAD]
 SMALL_TRUNK = ["encoder=resnet_small", "encoder.width=64", "encoder.stem_stride=2", "batch_size=256", "precision=bf16"]
 
-# Parts: what the claim stands on comes first, then what takes the longest.
+# Parts: what the claim stands on comes first, then what takes the longest. Photographs from scratch want many more
+# steps than both phases of fine-tuning together: with 500 labels of CIFAR-10 the CNN has 0.40 after as many, 0.48 after
+# four times as many.
 STUDIES = {
     "digits": Study(
         runs={f"cpc-{seed}": [*CPC_RUN, "steps=10000", f"seed={seed}"] for seed in range(3)},
@@ -69,7 +71,7 @@ STUDIES = {
             "cpc": [*CPC_RUN, "experiment=cifar10_cpc", "steps=12000"],
             "simclr": [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "load_size=32", "image_size=32", "steps=2500"],
         },
-        sweep=["readout=context", "precision=bf16", "steps.finetune.most=2000"],
+        sweep=["readout=context", "precision=bf16", "steps.finetune.most=2000", "scratch_times=10"],
         parts=[
             ["fractions=[0.01]", "scratch=[logistic,svm,cnn]", "protocols=[linear,classifier]", "random=[linear]"],
             ["fractions=[0.02,0.05]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
@@ -83,7 +85,7 @@ STUDIES = {
             "cpc": [*CPC_RUN, "data=parquet", "image_size=96", "patch={size: 24, stride: 12}", "steps=5000"],
             "simclr": [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "image_size=96", "steps=600"],
         },
-        sweep=["readout=context", "precision=bf16", "cnn.widths=[32,64,128,128,128]"],
+        sweep=["readout=context", "precision=bf16", "cnn.widths=[32,64,128,128,128]", "scratch_times=10"],
         parts=[
             ["labels_per_class=[1,2,5,10,20]", "scratch=[logistic,cnn]", "protocols=[linear]", "random=[linear]"],
             ["labels_per_class=[2,5,10]", "scratch=[]", "protocols=[classifier]", "random=[]"],

@@ -37,7 +37,7 @@ class ProjectionHead(nn.Module):
 
     `arguments` are those it was built with, as they are: `ProjectionHead(**head.arguments)` is another of its kind.
 
-    Raises ValueError for layers below 1 or another output_norm.
+    Raises ValueError for layers or widths below 1, or another output_norm.
 
     Example: `ProjectionHead(512)(torch.rand(4, 512))` has the shape 4 128.
     """
@@ -58,6 +58,8 @@ class ProjectionHead(nn.Module):
             raise ValueError(
                 f"layers={layers}, output_norm={output_norm!r}: pass at least 1 and one of {', '.join(OUTPUT_NORMS)}"
             )
+        if min(dim, out, 1 if hidden is None else hidden) < 1:
+            raise ValueError(f"dim={dim}, hidden={hidden}, out={out}: pass at least 1 each")
         self.dim = out
         self.arguments: dict[str, Any] = {
             "dim": dim,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ class Method(nn.Module):
     """
 
     encoder: nn.Module
+    least_images: ClassVar[int] = 1
+    """Of a batch that is contrasted: 2 where other images of the batch are the negatives, and one has none."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss to minimise, and detached scalars to log."""

@@ -59,6 +59,13 @@ def _copy_buffers_(teacher: nn.Module, model: nn.Module) -> None:
         kept.copy_(value)
 
 
+def check_momentum(momentum: float) -> float:
+    """The momentum itself, or ValueError unless 0 <= momentum <= 1."""
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum={momentum}: pass a number from 0 (copy the model) to 1 (keep the teacher)")
+    return momentum
+
+
 def teacher_of(model: Module) -> Module:
     """A deep copy that learns nothing by itself: no parameter requires a gradient.
 
@@ -78,9 +85,9 @@ def cosine_momentum(progress: float, base: float) -> float:
         progress: share of the optimizer steps done, 0..1.
         base: the momentum of the first step, 0..1: 0.996 for BYOL's 1000 epochs, 0.99 for 300 or 100.
 
-    Example: `cosine_momentum(0.5, 0.99) == 0.995`.
+    Raises ValueError for another base. Example: `cosine_momentum(0.5, 0.99) == 0.995`.
     """
-    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+    return 1 - (1 - check_momentum(base)) * (math.cos(math.pi * progress) + 1) / 2
 
 
 def polyak_decay(step: int, decay: float = 0.9999) -> float:

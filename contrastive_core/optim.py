@@ -38,8 +38,12 @@ def warmup_cosine(progress: float, *, warmup: float = 0.0) -> float:
         progress: share of the optimizer steps done, 0..1.
         warmup: share of the run, 0..1.
 
-    Returns the factor on the base learning rate, 0..1. Example: `warmup_cosine(0.5) == 0.5`.
+    Returns the factor on the base learning rate, 0..1. Raises ValueError for a warm-up outside 0..1.
+
+    Example: `warmup_cosine(0.5) == 0.5`.
     """
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"warmup={warmup}: pass a share of the run from 0 to 1")
     if progress < warmup:
         return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-12)))

@@ -41,7 +41,7 @@ from contrastive_core.evaluate.report import LabelledFeatures
 from contrastive_core.optim import square_root_scaling
 from contrastive_core.plots import format_table, save_figure
 from contrastive_core.run_log import read_metrics
-from cpc.entry import build, check_complete, command, config_search, start_accelerator
+from cpc.entry import build, check_complete, command, config_search, start_accelerator, wants_traceback
 from cpc.evaluate import extract, labelled
 from cpc.features import load_encoder, load_head, read_card
 from cpc.pretrain import pretrain
@@ -398,7 +398,7 @@ def run_cells(grid: Grid, out: Path, planned: Sequence[tuple[Cell, DictConfig]],
         try:
             results[i] = run_cell(cell, cfg, evaluate_on=evaluate_on, head=grid.head)
         except Exception as error:  # whatever it is, the other cells are worth having
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":  # as everywhere: the whole traceback
+            if wants_traceback():  # as everywhere: the whole traceback
                 raise
             failed[str(cell)] = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"failed: {cell}: {failed[str(cell)]}", file=sys.stderr, flush=True)

@@ -74,6 +74,8 @@ class ContextNetwork(nn.Module):
 
     def __init__(self, dim: int, width: int = 256, layers: int = 5) -> None:
         super().__init__()
+        if min(dim, width) < 1 or layers < 0:
+            raise ValueError(f"dim={dim}, width={width}, layers={layers}: pass at least 1, 1 and 0")
         self.arguments = {"dim": dim, "width": width, "layers": layers}
         self.blocks = nn.Sequential(*(ContextBlock(dim, width) for _ in range(layers)))
 

@@ -125,6 +125,10 @@ class PatchResNet(nn.Module):
         inner = [None] * len(blocks) if bottlenecks is None else list(bottlenecks)
         if not len(blocks) == len(widths) == len(inner):
             raise ValueError(f"blocks {list(blocks)}, widths {list(widths)} and bottlenecks {inner} differ in length")
+        numbers = {"blocks": blocks, "widths": widths, "stem_width": [stem_width], "stem_stride": [stem_stride]}
+        for name, values in numbers.items():
+            if not values or min(values) < 1:
+                raise ValueError(f"{name}={list(values)}: pass at least 1, for at least one stack")
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem={stem!r}: pass "imagenet" or "small"')
         self.dim = widths[-1]

@@ -5,11 +5,14 @@ Hydra stays here and in the entry points; everything below takes tensors, number
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -18,7 +21,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -50,6 +53,9 @@ def epochs(count: float, batch_size: int, images: int) -> int:
     return round(count * max(1, images // max(1, batch_size)))
 
 
+# what constructors raise for numbers that nobody has thought of; USER_ERRORS go through as they are
+_UNFORESEEN = (TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError)
+
 # what a YAML may compute: lr: ${linear_scaling:0.3,${batch_size}}, steps: ${epochs:100,${batch_size},1281167}
 RESOLVERS: dict[str, Callable[..., Any]] = {
     "add": lambda *numbers: sum(numbers),
@@ -69,30 +75,74 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
         job: gets the composed configuration.
         schema: a dataclass with the types of the top-level keys.
 
-    A mistake of the user ends in one line on stderr and exit code 2.
+    A mistake of the user, in the configuration or in what it names, ends in one line on stderr and exit code 2; with
+    HYDRA_FULL_ERROR=1, hydra's own switch, in the whole traceback.
     """
     for name, resolver in RESOLVERS.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
     ConfigStore.instance().store(f"{config_name.split('_')[0]}_schema", schema)
 
+    composed = False
+
     def run(cfg: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         try:
             job(cfg)
-        except USER_ERRORS as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":  # hydra's own switch for the whole traceback
+        except (*USER_ERRORS, HydraException) as error:
+            if wants_traceback():
                 raise
             sys.exit(_one_line(error))
         except (MemoryError, RuntimeError) as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1" or not out_of_memory(error):
+            if wants_traceback() or not out_of_memory(error):
                 raise
             first = str(error).partition("\n")[0] or "MemoryError"
             way_out = "pass a smaller batch_size, accumulate=N, recompute=true or precision=bf16"
             sys.exit(_one_line(MemoryError(f"out of memory: {way_out} ({first[:200]})")))
 
-    entry: Callable[[], None] = hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(
-        run
-    )
-    return entry
+    entry = hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(run)
+
+    def main() -> None:
+        nonlocal composed
+        composed = False
+        with _hydra_raises():
+            try:
+                entry()
+            except Exception as error:
+                # whatever hydra raises before the job begins is about the command line: its parser asserts, too
+                if composed or wants_traceback():
+                    raise
+                sys.exit(_one_line(error))
+
+    return main
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Have hydra raise what is wrong with a configuration: by itself it prints several lines and exits with code 1.
+
+    Its switch for that is the one by which people ask for a traceback; whether they did is handed on, also to the
+    processes that a launcher starts.
+    """
+    before = {name: os.environ.get(name) for name in (_TRACEBACK, "HYDRA_FULL_ERROR")}
+    os.environ.setdefault(_TRACEBACK, before["HYDRA_FULL_ERROR"] or "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_TRACEBACK = "CPC_TRACEBACK"
+
+
+def wants_traceback() -> bool:
+    """Whether HYDRA_FULL_ERROR=1 was given: a mistake is to be told with its whole traceback."""
+    return os.environ.get(_TRACEBACK, os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -109,20 +159,40 @@ def config_search() -> AbstractContextManager[Any]:
 
 def _one_line(error: BaseException) -> int:
     text = " ".join(str(error).split())
+    if isinstance(error, HydraException):
+        text = _in_one_line(text, error.__cause__)
     print(f"error: {text or type(error).__name__}", file=sys.stderr)
     return 2
+
+
+def _in_one_line(text: str, cause: BaseException | None) -> str:
+    """What hydra says of a configuration, without its folders, and with the key that was probably meant."""
+    if unknown := re.match("Could not override '([^']+)'", text):
+        name = unknown[1].rpartition(".")[2]
+        meant = difflib.get_close_matches(name, _known_keys() - {name}, n=1, cutoff=0.7)
+        adding = f"; +{unknown[1]}=VALUE adds an argument to what is built there" if "." in unknown[1] else ""
+        return f"{unknown[0]}: there is no such key" + (f"; did you mean {meant[0]!r}?" if meant else "") + adding
+    text = text.partition(" Config search path:")[0]
+    reason = "" if cause is None else str(cause).partition("\n")[0].strip()
+    return text if reason in text else f"{text}: {reason}"
+
+
+def _known_keys() -> set[str]:
+    """Every key that some recipe names."""
+    files = Path(config_folder()).rglob("*.yaml")
+    return {key for file in files for key in re.findall(r"^ *(\w+):", file.read_text(), flags=re.MULTILINE)}
 
 
 def build(node: Any, *arguments: Any, **named: Any) -> Any:
     """`hydra.utils.instantiate`, with lists as lists, raising what the constructor raised.
 
-    An argument of the wrong type or name is the configuration's mistake, not the constructor's: a ValueError too.
+    An argument of the wrong type, name or size is the configuration's mistake, not the constructor's: a ValueError too.
     """
     try:
         return hydra.utils.instantiate(node, *arguments, _convert_="all", **named)
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, TypeError):
+        if isinstance(cause, _UNFORESEEN) and not isinstance(cause, USER_ERRORS) and not out_of_memory(cause):
             raise ValueError(f"{node.get('_target_')} does not take what it was given: {cause}") from cause
         raise (cause if isinstance(cause, Exception) else ValueError(str(error))) from None
 

@@ -91,7 +91,7 @@ def extract_readouts(
 
 def load_splits(cfg: DictConfig, load_size: int) -> Splits:
     """The data named on the command line, or else the run's own."""
-    cfg.load_size = cfg.load_size or load_size
+    cfg.load_size = load_size if cfg.load_size is None else cfg.load_size
     if cfg.data is not None:
         check_complete(cfg)
         splits: Splits = build(cfg.data)

@@ -162,7 +162,7 @@ def build_encoder(architecture: dict[str, Any]) -> nn.Module:
     name, arguments = known_architecture(architecture)
     try:
         return constructors()[name](**arguments)
-    except (TypeError, RuntimeError) as error:  # RuntimeError: torch's, of a negative width
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of a negative width
         raise ValueError(f"{name} does not take what encoder.json gives it: {error}") from error
 
 

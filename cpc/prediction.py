@@ -64,6 +64,8 @@ class PredictionHeads(nn.Module):
 
     def __init__(self, dim: int, target_dim: int, offsets: Sequence[int]) -> None:
         super().__init__()
+        if target_dim < 1:
+            raise ValueError(f"target_dim={target_dim}: pass at least 1")
         self.heads = nn.ModuleDict({str(offset): nn.Linear(dim, target_dim) for offset in offsets})
 
     def forward(self, context: Tensor, offset: int) -> Tensor:

@@ -107,11 +107,22 @@ def build_method(cfg: DictConfig, dataset: ImageDataset | None = None) -> tuple[
     return method, views
 
 
+def check_batch(cfg: DictConfig, method: Method) -> None:
+    """Raise ValueError for a batch in which no image has a negative."""
+    contrasted = cfg.batch_size if cfg.grad_cache else cfg.batch_size // cfg.accumulate
+    if contrasted < method.least_images:
+        raise ValueError(
+            f"batch_size={cfg.batch_size} accumulate={cfg.accumulate}: {type(method).__name__} contrasts {contrasted} "
+            f"image at a time, which has no negative: pass a batch_size of at least {2 * cfg.accumulate}"
+        )
+
+
 def pretrain(cfg: DictConfig) -> Path:
     """Run one configuration to its end; returns the run's folder."""
 
     def pieces() -> Pieces:
         method, views = build_method(cfg)
+        check_batch(cfg, method)
         dataset: ImageDataset = build(cfg.data).train
         if {"images", "classes"} & set(cfg.method):
             torch.manual_seed(cfg.seed)

@@ -27,6 +27,7 @@ from contrastive_core.checkpoint import export_encoder, load_checkpoint_, save_c
 from contrastive_core.data import BadImages, ImageDataset, training_batches
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.evaluate.knn import knn_accuracy
+from contrastive_core.grad_cache import check_cacheable
 from contrastive_core.method import Method
 from contrastive_core.metrics import collapsed
 from contrastive_core.optim import parameter_groups
@@ -82,6 +83,10 @@ def check_numbers(cfg: DictConfig) -> None:
         raise ValueError(f"averaging={cfg.averaging}: pass a decay from 0 to below 1, or null")
     if not 0 <= cfg.bad_images <= 1:
         raise ValueError(f"bad_images={cfg.bad_images}: pass a share from 0 to 1")
+    temperatures = cfg.temperature if isinstance(cfg.get("temperature"), DictConfig) else {}
+    for name, temperature in temperatures.items():
+        if not temperature > 0:
+            raise ValueError(f"temperature.{name}={temperature}: pass a number above 0")
     if cfg.resume not in (None, "auto"):
         raise ValueError(f"resume={cfg.resume}: pass resume=auto with the run's run_dir, or leave it out")
 
@@ -222,6 +227,9 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     )
     optimizer = build(cfg.optimizer, groups, _partial_=False)
     schedule = build(cfg.schedule)
+    schedule(0.0)  # a warm-up that is no share is refused here
+    if cfg.grad_cache:
+        check_cacheable(method)
 
     averaged = None if cfg.averaging is None else copy.deepcopy(method).requires_grad_(False).to(accelerator.device)
     modules: dict[str, nn.Module] = {"method": method, **({} if averaged is None else {"averaged": averaged})}

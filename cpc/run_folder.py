@@ -49,12 +49,20 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return names
 
 
+def check_no_file(folder: Path, key: str) -> None:
+    """Raise NotADirectoryError, which names the key, where a file is in a folder's way."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{key}={folder}: {there} is a file, pass another folder")
+
+
 def check_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None:
     """See that a run with this configuration may be at work in `run_dir`. Writes nothing.
 
-    Raises FileExistsError for a folder that holds a run unless `resume`, ValueError when `config` differs from the
-    run's in a key that may not change.
+    Raises FileExistsError for a folder that holds a run unless `resume`, NotADirectoryError where a file is in its way,
+    ValueError when `config` differs from the run's in a key that may not change.
     """
+    check_no_file(run_dir, "run_dir")
     written = run_dir / "config.yaml"
     if not written.is_file():
         return
@@ -91,7 +99,11 @@ def checkpoint_to_resume(run_dir: Path, accelerator: Accelerator) -> Path | None
 def _may_change(key: str) -> bool:
     """Whether a key, or a step's own (`pretrain.save_every` of tools/simclr_v2.py), changes nothing that is learned."""
     first, _, rest = key.partition(".")
-    return first in MAY_CHANGE or (first in ("pretrain", "finetune", "distill") and rest in MAY_CHANGE)
+    return (
+        first in MAY_CHANGE
+        or key == "data.index"
+        or (first in ("pretrain", "finetune", "distill") and rest in MAY_CHANGE)
+    )
 
 
 @contextmanager

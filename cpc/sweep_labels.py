@@ -26,7 +26,7 @@ from torch import Tensor
 
 from contrastive_core.data import LabelAmount, sample_ids
 from contrastive_core.evaluate.selection import LabelProtocol, Rows, selection_parts, whole_trials
-from cpc.entry import build, check_complete, command, start_accelerator
+from cpc.entry import build, check_complete, command, start_accelerator, wants_traceback
 from cpc.evaluate import labelled
 from cpc.features import MODES, read_card
 from cpc.finetune import run_augmentation
@@ -48,7 +48,7 @@ from cpc.label_bench import (
 from cpc.label_protocols import Both, Length, ProbeProtocol
 from cpc.label_report import SCRATCH, read_results, write_report
 from cpc.run import plain
-from cpc.run_folder import MAY_CHANGE, differing_keys
+from cpc.run_folder import MAY_CHANGE, check_no_file, differing_keys
 
 LEARNED_FROM_LABELS = ("Classifier", "Distill")
 
@@ -317,7 +317,7 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> Iterator[tup
             result = run_cell(bench, cell)
             write_cell(folder, cell, result)
         except Exception as error:  # whatever it is, the other cells are worth having
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if wants_traceback():
                 raise
             wrong = " ".join(f"{type(error).__name__}: {error}".split())
             failure_file(folder, cell).parent.mkdir(parents=True, exist_ok=True)
@@ -365,6 +365,7 @@ def sweep(cfg: DictConfig) -> Path:
         raise ValueError("a sweep's processes are shards: pass -m shard=0,1 shards=2, without accelerate launch")
     check_asked(cfg)
     take_over_(cfg)
+    check_no_file(Path(cfg.out), "out")
     out, bench = Path(cfg.out), bench_of(cfg)
     check_folder(out, bench)
     cells, folder = cells_of(cfg, bench), out / "cells"

@@ -71,7 +71,7 @@ ABSURD = [
     ({"width": 10**9}, r"encoder\.json says 1e\+09 where no encoder has more than 100000"),
     ({"width": 100_000}, r"final_norm\.bias is \(16,\) in the file, \(400000,\) by the card"),
     ({"blocks": [[[10**7]]]}, r"encoder\.json says 1e\+07 where no encoder"),
-    ({"width": -4}, r"resnet_small does not take what encoder\.json gives it: .*negative"),
+    ({"width": -4}, r"resnet_small does not take what encoder\.json gives it: widths=.*pass at least 1"),
 ]
 
 

@@ -332,7 +332,7 @@ def test_a_hugging_face_data_set(saved):
 
 
 def test_a_hugging_face_data_set_through_workers(saved):
-    dataset = huggingface(saved, size=8, cache=False, test=None).train
+    dataset = huggingface(saved, size=8, cache=False).train
     batches = training_batches(dataset, batch_size=4, seed=0, start=0, steps=3, workers=2)
     seen = [index for (batch,) in batches for index in batch.indices.tolist()]
     assert sorted(seen) == list(range(12))
@@ -356,6 +356,12 @@ def test_identities_of_hugging_face_rows_are_those_of_the_bytes(saved):
 def test_what_a_hugging_face_data_set_has_not(saved, options, said):
     with pytest.raises(ValueError, match=said):
         huggingface(saved, size=8, **options)
+
+
+def test_without_a_test_split(tmp_path):
+    rows(0, 4).save_to_disk(tmp_path / "data")
+    train, test = huggingface(str(tmp_path / "data"), size=8)
+    assert (len(train), test) == (4, None)
 
 
 def test_no_hugging_face_data_set(tmp_path, monkeypatch):

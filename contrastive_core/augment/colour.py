@@ -324,6 +324,7 @@ class InceptionColour(nn.Module):
     ) -> None:
         super().__init__()
         self.probability, self.stream = check_probability(probability), stream
+        _check_strengths(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
         self._steps = [
             (brighten, 0.0, brightness),
             (channel_contrast, 1.0, contrast),
@@ -356,6 +357,7 @@ class ColourJitter(nn.Module):
     ) -> None:
         super().__init__()
         self.probability, self.stream = check_probability(probability), stream
+        _check_strengths(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
         self._steps = [
             (_BRIGHTNESS, 1.0, brightness),
             (_CONTRAST, 1.0, contrast),
@@ -365,6 +367,12 @@ class ColourJitter(nn.Module):
 
     def forward(self, images: Tensor, randomness: Randomness) -> Tensor:
         return _jitter(images, randomness, self.probability, self._steps, self.stream)
+
+
+def _check_strengths(**strengths: float) -> None:
+    for name, strength in strengths.items():
+        if strength < 0:
+            raise ValueError(f"{name}={strength}: pass at least 0, which leaves it out")
 
 
 _Operation = Callable[[Tensor, Tensor], Tensor]

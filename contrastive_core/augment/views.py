@@ -233,7 +233,7 @@ def simclr(
 
     Example: `simclr(32, strength=0.5, blur=0.0)` has four steps: crop, flip, jitter of probability 0.8, grey of 0.2.
     """
-    s = _or(strength, 1.0)
+    s = _strength(strength)
     return _drawn(
         RandomResizedCrop(size, _range(crop, 0.08)),
         RandomFlip(_or(flip, 0.5)),
@@ -262,7 +262,7 @@ def moco_v1(
 
     Example: `moco_v1(224)` has four steps; grey, of probability 0.2, stands before the jitter.
     """
-    s = _or(strength, 1.0)
+    s = _strength(strength)
     return _drawn(
         RandomResizedCrop(size, _range(crop, 0.2)),
         RandomGrey(0.2),
@@ -291,7 +291,7 @@ def moco_v2(
 
     Example: `moco_v2(32, blur=0.0)` has four steps: crop, jitter, grey of probability 0.2, flip.
     """
-    s = _or(strength, 1.0)
+    s = _strength(strength)
     return _drawn(
         RandomResizedCrop(size, _range(crop, 0.2)),
         *_jitter(0.8, s * 0.4, s * 0.4, s * 0.4, s * 0.1),
@@ -329,7 +329,7 @@ def byol(
     """
     if view not in (1, 2):
         raise ValueError(f"BYOL's view is 1 or 2, got {view}")
-    s = _or(strength, 1.0)
+    s = _strength(strength)
     return _drawn(
         RandomResizedCrop(size, _range(crop, 0.08)),
         RandomFlip(_or(flip, 0.5)),
@@ -385,7 +385,7 @@ def pirl(
 
     Example: `pirl(224)` has five steps, `pirl(None)` four.
     """
-    s = _or(strength, 1.0)
+    s = _strength(strength)
     return _drawn(
         *([] if size is None else [RandomResizedCrop(size, _range(crop, 0.08))]),
         *_jitter(1.0, s * 0.4, s * 0.4, s * 0.4, s * 0.2),
@@ -419,7 +419,7 @@ def labelled(*, flip: float | None = None, strength: float | None = None) -> lis
 
     Example: `labelled(flip=0.0)` has two steps.
     """
-    s = _or(strength, 1.0)
+    s = _strength(strength)
     return _drawn(
         RandomFlip(_or(flip, 0.5)),
         RandomAffine(1.0, 15 * s, 0.1 * s, (0.85**s, 0.85**-s), 10 * s, fill=None),
@@ -440,7 +440,7 @@ def digits(size: int | None, *, strength: float | None = None, blur: float | Non
 
     Example: `digits(28)` has six steps.
     """
-    s = _or(strength, 1.0)
+    s = _strength(strength)
     return _drawn(
         *([] if size is None else [CentreFit(size)]),
         RandomAffine(1.0, 15 * s, 0.1 * s, (0.8**s, 0.8**-s), 10 * s),
@@ -491,6 +491,12 @@ def chosen(size: int, names: Sequence[str]) -> list[nn.Module]:
 
 def _or(value: float | None, papers: float) -> float:
     return papers if value is None else value
+
+
+def _strength(value: float | None) -> float:
+    if value is not None and value < 0:
+        raise ValueError(f"strength={value}: pass at least 0, 1 = the paper's")
+    return _or(value, 1.0)
 
 
 def _range(crop: Sequence[float] | None, papers: float) -> tuple[float, float]:

@@ -46,7 +46,7 @@ def huggingface(
     size: int,
     name: str | None = None,
     train: str = "train",
-    test: str | None = "test",
+    test: str | None = None,
     image: str = "image",
     label: str | None = "label",
     cache: bool = True,
@@ -56,7 +56,7 @@ def huggingface(
     Args:
         path: a folder that `save_to_disk` wrote, a folder of parquet files, or a name on the hub, which is downloaded.
         name: the configuration, where the data set has several.
-        train, test: the splits; `test=None` for none.
+        train, test: the splits; None: the one called "test", if there is one.
         image, label: the columns; `label=None` for none. Null is unlabelled.
         size: pixels a side.
         cache: whether to decode into memory what fits.
@@ -66,15 +66,17 @@ def huggingface(
     Raises ImportError without `datasets`, FileNotFoundError for what is not there, ValueError for a split or column
     that the data set has not.
 
-    Example: `huggingface("folder", size=96, test=None)` for a folder of `train-*.parquet`.
+    Example: `huggingface("folder", size=96)` for a folder of `train-*.parquet`.
     """
     loaded = _load(path, name)
-    splits = {split: loaded[split] for split in (train, test) if split is not None and split in loaded}
-    if missing := [split for split in (train, test) if split is not None and split not in splits]:
+    if test is None and "test" in loaded and train != "test":
+        test = "test"
+    wanted = [train] if test is None else [train, test]
+    if missing := [split for split in wanted if split not in loaded]:
         raise ValueError(
-            f"{path} has the splits {', '.join(loaded)} and no {missing[0]!r}: set data.train and data.test; "
-            f"data.test=null for none"
+            f"{path} has the splits {', '.join(loaded)} and no {missing[0]!r}: set data.train and data.test"
         )
+    splits = {split: loaded[split] for split in wanted}
     parts = [_of_rows(rows, image, label, f"{path} {split}", size) for split, rows in splits.items()]
     return cached_splits(parts[0], parts[1] if len(parts) == 2 else None, cache)
 

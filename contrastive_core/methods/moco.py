@@ -24,7 +24,7 @@ from contrastive_core.losses import info_nce, normalize
 from contrastive_core.memory import FeatureQueue
 from contrastive_core.method import Batch, Method
 from contrastive_core.methods.two_views import encoder_dim, two, two_view_metrics
-from contrastive_core.momentum import ema_update_, teacher_of
+from contrastive_core.momentum import check_momentum, ema_update_, teacher_of
 from contrastive_core.randomness import mix64
 
 
@@ -66,7 +66,7 @@ class MoCo(Method):
             raise ValueError(f"bn_groups={bn_groups}: pass at least 1, which is right without BatchNorm")
         self.teacher = teacher_of(nn.Sequential(self.encoder, self.head))
         self.queue = FeatureQueue(queue_size, encoder_dim(self.head))
-        self.momentum, self.temperature, self.bn_groups = momentum, temperature, bn_groups
+        self.momentum, self.temperature, self.bn_groups = check_momentum(momentum), temperature, bn_groups
         self.written: list[Tensor] = []
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from contrastive_core.heads import ProjectionHead
 from contrastive_core.losses import info_nce, normalize
 from contrastive_core.method import Batch, Method
 from contrastive_core.methods.two_views import encoder_dim, two, two_view_metrics
-from contrastive_core.momentum import cosine_momentum, ema_update_, teacher_of
+from contrastive_core.momentum import check_momentum, cosine_momentum, ema_update_, teacher_of
 
 
 class MoCoV3(Method):
@@ -37,6 +37,8 @@ class MoCoV3(Method):
         temperature: 1.0 for a ResNet, 0.2 for a ViT.
     """
 
+    least_images = 2
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -50,7 +52,7 @@ class MoCoV3(Method):
         self.encoder, self.head = encoder, head(encoder_dim(encoder))
         self.predictor = predictor(encoder_dim(self.head))
         self.teacher = teacher_of(nn.Sequential(self.encoder, self.head))
-        self.momentum, self.temperature = momentum, temperature
+        self.momentum, self.temperature = check_momentum(momentum), temperature
 
     def represent(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions and keys of both views, and the first view's features."""

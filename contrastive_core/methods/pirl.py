@@ -79,6 +79,8 @@ class PIRL(Method):
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"form={form!r}: pass one of {', '.join(FORMS)}")
+        if negatives < 1:
+            raise ValueError(f"negatives={negatives}: pass at least 1")
         self.encoder, self.head, self.tile_head = encoder, head(encoder_dim(encoder)), tile_head(encoder_dim(encoder))
         dim = encoder_dim(self.head)
         self.join = nn.Linear(tiles * encoder_dim(self.tile_head), dim)

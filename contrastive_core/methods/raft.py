@@ -22,7 +22,7 @@ from contrastive_core.heads import ProjectionHead
 from contrastive_core.losses import negative_cosine
 from contrastive_core.method import Batch, Method
 from contrastive_core.methods.two_views import encoder_dim, two, two_view_metrics
-from contrastive_core.momentum import ema_update_, teacher_of
+from contrastive_core.momentum import check_momentum, ema_update_, teacher_of
 
 
 class RAFT(Method):
@@ -55,7 +55,7 @@ class RAFT(Method):
         self.encoder, self.head = encoder, head(encoder_dim(encoder))
         self.predictor = predictor(encoder_dim(self.head))
         self.teacher = teacher_of(nn.Sequential(self.encoder, self.head))
-        self.align, self.cross, self.momentum = align, cross, momentum
+        self.align, self.cross, self.momentum = align, cross, check_momentum(momentum)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The two terms and their weighted sum."""

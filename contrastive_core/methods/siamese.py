@@ -37,6 +37,8 @@ class Siamese(Method):
     hand.
     """
 
+    least_images = 2
+
     def __init__(
         self,
         encoder: nn.Module,

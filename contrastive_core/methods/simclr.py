@@ -35,6 +35,8 @@ class SimCLR(Method):
     Both views pass the encoder as one batch, as in the published code: BatchNorm sees 2b images.
     """
 
+    least_images = 2
+
     def __init__(
         self,
         encoder: nn.Module,

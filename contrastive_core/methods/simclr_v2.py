@@ -26,7 +26,7 @@ from contrastive_core.losses import normalize, nt_xent
 from contrastive_core.memory import FeatureQueue
 from contrastive_core.method import Batch, Method
 from contrastive_core.methods.two_views import encoder_dim, two, two_view_metrics
-from contrastive_core.momentum import ema_update_, teacher_of
+from contrastive_core.momentum import check_momentum, ema_update_, teacher_of
 
 
 class SimCLRv2(Method):
@@ -43,6 +43,8 @@ class SimCLRv2(Method):
     both, and their keys are written after the optimizer step.
     """
 
+    least_images = 2
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -54,7 +56,7 @@ class SimCLRv2(Method):
     ) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head(encoder_dim(encoder))
-        self.momentum, self.temperature = momentum, temperature
+        self.momentum, self.temperature = check_momentum(momentum), temperature
         self.teacher = teacher_of(nn.Sequential(self.encoder, self.head)) if memory else None
         self.queue = FeatureQueue(memory, encoder_dim(self.head)) if memory else None
         self.written: list[Tensor] = []
