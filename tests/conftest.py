@@ -132,13 +132,16 @@ def as_a_new_process() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
-    """Hydra sets the process's logging up as if it were its own, to write to a stdout that is this test's."""
-    root, data = logging.getLogger(), logging.getLogger("contrastive_core.data")
-    handlers, levels = root.handlers[:], (root.level, data.level)
+    """Hydra sets the process's logging up as if it were its own, to write to a stdout that is this test's.
+
+    The levels are Python's own at the start, since a command may have run in a fixture before this one.
+    """
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("contrastive_core.data").setLevel(logging.NOTSET)
     yield
     root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    data.setLevel(levels[1])
 
 
 @pytest.fixture
