@@ -8,8 +8,8 @@ need not be there (torch's FakeTensorMode), and taken through a forward pass as 
     operations of a step   3 x the forward pass's products and convolutions, 4 x where blocks are computed twice
     memory of a device     weights, their average, gradients, optimizer, and what the forward pass keeps for the
                            backward pass; not what convolutions borrow, nor the allocator's gaps
-    bytes of a step        2 (n - 1) / n of the gradients (a ring), and 3 (n - 1) of the rows that the loss gathers:
-                           once the rows, twice their gradients (`contrastive_core.gather`)
+    bytes of a step        2 (n - 1) / n of the gradients (a ring), and 2 (n - 1) of the rows that the loss gathers:
+                           the rows, and what the other processes' rows get of their gradients (`contrastive_core.gather`)
     seconds of a step      images / rate of one device, and the bytes over the link: at least the longer of the two, at
                            most both
 
@@ -67,7 +67,7 @@ class Need:
 
     def wire(self, images: int, devices: int) -> float:
         """Bytes that a device sends in a step, of so many images of its own."""
-        return (devices - 1) * (2 * 4 * self.parameters / devices + 3 * self.gathered * images)
+        return (devices - 1) * (2 * 4 * self.parameters / devices + 2 * self.gathered * images)
 
 
 @contextmanager

@@ -51,10 +51,10 @@ def test_recomputing_blocks_trades_operations_for_memory(compose):
 
 
 def test_bytes_on_the_wire(compose):
-    """A ring of four: gradients go round twice less a quarter; rows reach three others, their gradients twice that."""
+    """A ring of four: gradients go round twice less a quarter; rows reach three others, their gradients come back."""
     needed = need(compose())
     assert needed.gathered == 36 * 64 * 4
-    assert needed.wire(images=8, devices=4) == 2 * 3 / 4 * 4 * needed.parameters + (3 + 6) * 8 * needed.gathered
+    assert needed.wire(images=8, devices=4) == 2 * 3 / 4 * 4 * needed.parameters + (3 + 3) * 8 * needed.gathered
     assert needed.wire(images=8, devices=1) == 0
     assert need(compose("method.gather=false")).gathered == 0
 
