@@ -9,7 +9,7 @@ need not be there (torch's FakeTensorMode), and taken through a forward pass as 
     memory of a device     weights, their average, gradients, optimizer, and what the forward pass keeps for the
                            backward pass; not what convolutions borrow, nor the allocator's gaps
     bytes of a step        2 (n - 1) / n of the gradients (a ring), and 2 (n - 1) of the rows that the loss gathers:
-                           the rows, and what the other processes' rows get of their gradients (`contrastive_core.gather`)
+                           they go out, and the gradients of the others' come back (`contrastive_core.gather`)
     seconds of a step      images / rate of one device, and the bytes over the link: at least the longer of the two, at
                            most both
 
