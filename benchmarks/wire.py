@@ -6,8 +6,9 @@ The recipes as `tools/pretrain.py` has them on the bundled digits, 32 images a s
 over gloo. Linux counts the bytes that each TCP connection has sent; of all steps but the first they are divided by the
 steps, and the largest of the processes' is taken.
 
-The least: n processes cannot add up gradients by sending less than 2 (n - 1) / n of them each, and rows that all want
-reach n - 1 others, as do the gradients of theirs that come back.
+The least, where each keeps all weights: n processes cannot add up gradients by sending less than 2 (n - 1) / n of them
+each, and rows that all want reach n - 1 others, as do the gradients of theirs that come back. With weights split over
+the processes the plan is NCCL's: gloo adds up gradients everywhere and throws most of the sums away.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from contrastive_core.training import train_steps
 from cpc.entry import build, config_search, start_accelerator
 from cpc.plan import need
 from cpc.pretrain import build_method
+from cpc.run import made_ready
 
 RESULTS = ROOT / "benchmarks" / "reliability"
 PROCESSES = (1, 2, 4)
@@ -44,6 +46,7 @@ RECIPES = {
     "CPC v2": ["method=cpc"],
     "CPC v2, each process's own negatives": ["method=cpc", "method.gather=false"],
     "CPC v2, two micro-batches as one": ["method=cpc", "accumulate=2", "grad_cache=true"],
+    "CPC v2, split over processes": ["method=cpc", "shard=true"],
     "SimCLR, layer norm": ["method=simclr", "norm=layer"],
     "SimCLR, batch norm over all": ["method=simclr", "norm=batch"],
 }
@@ -75,16 +78,15 @@ def a_step_sends(cfg: DictConfig) -> float:
     method, views = build_method(cfg, dataset)
     if accelerator.num_processes > 1 and cfg.global_batch_norm:
         method = cast(Method, globalize_batch_norm(method))
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
     batches = training_batches(
         dataset, batch_size=BATCH, seed=0, start=0, steps=STEPS, rank=accelerator.process_index,
         world=accelerator.num_processes, accumulate=cfg.accumulate,
     )  # fmt: skip
-    prepared, prepared_optimizer = accelerator.prepare(method, optimizer)
+    trained = made_ready(cfg, method, accelerator)
     counted = [
         bytes_sent()
         for _ in train_steps(
-            prepared, prepared_optimizer, accelerator, batches, views, seed=0, start=0, steps=STEPS,
+            trained.prepared, trained.prepared_optimizer, accelerator, batches, views, seed=0, start=0, steps=STEPS,
             schedule=constant, grad_cache=cfg.grad_cache,
         )
     ]  # fmt: skip

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from contrastive_core.reading import read_json
+from contrastive_core.sharding import split_like, whole
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,9 @@ MANIFEST = "manifest.json"
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors (which refuses channels_last, hence the copy). Raises OSError where it cannot."""
+    here = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        save_file(here, path)
     except SafetensorError as error:  # what the file system says, in safetensors' words
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -72,9 +74,17 @@ def restore_optimizer_(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
-        same = tensor.shape == parameter.shape
-        state.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(tensor) if same else tensor
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter).copy_(split_like(tensor, parameter))
+        state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def take_part(modules: dict[str, nn.Module], optimizer: Optimizer) -> None:
+    """What every other process does while one saves: it gives its parts of tensors that are split (`sharding`)."""
+    for tensors in (*(module.state_dict() for module in modules.values()), optimizer_tensors(optimizer)):
+        for tensor in tensors.values():
+            whole(tensor)
 
 
 def save_checkpoint(
@@ -85,7 +95,8 @@ def save_checkpoint(
     Args:
         folder: the run's `checkpoints`.
         step: optimizer steps done.
-        modules: by name, e.g. the method and its averaged copy.
+        modules: by name, e.g. the method and its averaged copy. Where their parameters are split over processes, the
+            others must `take_part`; what is written is whole.
         optimizer: its state is stored too; its hyper-parameters come from the configuration.
         extra: whatever else is JSON.
     """
@@ -188,7 +199,8 @@ def load_checkpoint_(checkpoint: Path, modules: dict[str, nn.Module], optimizer:
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{checkpoint} is damaged ({error}): remove it to resume from the one before") from error
     for name, module in modules.items():
-        module.load_state_dict(tensors[name])
+        own = module.state_dict()
+        module.load_state_dict({key: split_like(value, own.get(key, value)) for key, value in tensors[name].items()})
     restore_optimizer_(optimizer, tensors["optimizer"])
     return state
 

@@ -22,6 +22,7 @@ from contrastive_core.method import Batch, Method
 from contrastive_core.momentum import ema_update_, polyak_decay
 from contrastive_core.optim import set_learning_rate_
 from contrastive_core.randomness import Randomness
+from contrastive_core.sharding import whole
 from contrastive_core.transfer import to_device
 
 SKIPS_IN_A_ROW = 50
@@ -172,7 +173,7 @@ def train_steps(
         seed_torch_(seed, step, accelerator.process_index)
 
         totals = gradients(method, makers, accelerator)
-        norm = accelerator.clip_grad_norm_(method.parameters(), math.inf if clip is None else clip)
+        norm = whole(accelerator.clip_grad_norm_(method.parameters(), math.inf if clip is None else clip))
         if ahead and (following := next(coming, None)) is not None:
             following = following[0], made_ahead(following[1])
         # fp16's scaler skips a step by itself whose gradient is not finite

@@ -229,6 +229,12 @@ def start_accelerator(*, precision: str, device: str | None, threads: int | None
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: pass at least 1, or null for cores / processes")
 
+    for plugin in ("FSDP", "DEEPSPEED"):  # of which accelerate would make nothing on a CPU, and says so to nobody
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true":
+            raise ValueError(
+                f"accelerate's {plugin} is not used here: leave it out of its configuration and pass shard=true"
+            )
+
     # buffers are each process's own, or equal by construction: DDP must not overwrite them from rank 0
     # (torch 2.14 is about to rename the argument, accelerate 1.15 does not know the new name)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

@@ -7,8 +7,10 @@ need not be there (torch's FakeTensorMode), and taken through a forward pass as 
 
     operations of a step   3 x the forward pass's products and convolutions, 4 x where blocks are computed twice
     memory of a device     weights, their average, gradients, optimizer, and what the forward pass keeps for the
-                           backward pass; not what convolutions borrow, nor the allocator's gaps
-    bytes of a step        2 (n - 1) / n of the gradients (a ring), and 2 (n - 1) of the rows that the loss gathers:
+                           backward pass; not what convolutions borrow, nor the allocator's gaps. With shard=true an
+                           n-th of the first four, and the weights that are whole at a time
+    bytes of a step        2 (n - 1) / n of the gradients (a ring; with shard=true half of that, and twice the weights,
+                           before they are used forward and backward), and 2 (n - 1) of the rows that the loss gathers:
                            they go out, and the gradients of the others' come back (`contrastive_core.gather`)
     seconds of a step      images / rate of one device, and the bytes over the link: at least the longer of the two, at
                            most both
@@ -36,6 +38,7 @@ import cpc.pretrain  # noqa: F401  # registers what configs/pretrain.yaml is mad
 from contrastive_core.method import Batch, Method
 from contrastive_core.optim import parameter_groups
 from contrastive_core.randomness import Randomness
+from contrastive_core.sharding import blocks_of
 from cpc.entry import USER_ERRORS, build, check_complete, config_search
 from cpc.run import recompute_
 
@@ -53,6 +56,7 @@ class Need:
 
     operations: of a step, for one image. parameters: those that learn. fixed: bytes whatever the batch. kept: bytes of
     an image from the forward to the backward pass. gathered: bytes of an image that the loss sends to all processes.
+    at_once: bytes of weights that are whole at a time where they are split over the devices, 0 = they are not.
     """
 
     operations: float
@@ -60,14 +64,17 @@ class Need:
     fixed: int
     kept: float
     gathered: int
+    at_once: int
 
-    def bytes_of(self, images: int) -> float:
+    def bytes_of(self, images: int, devices: int = 1) -> float:
         """Memory of a device with so many images."""
-        return self.fixed + self.kept * images
+        split = bool(self.at_once) and devices > 1
+        return (self.fixed / devices + self.at_once if split else self.fixed) + self.kept * images
 
     def wire(self, images: int, devices: int) -> float:
         """Bytes that a device sends in a step, of so many images of its own."""
-        return (devices - 1) * (2 * 4 * self.parameters / devices + 2 * self.gathered * images)
+        times = 3 if self.at_once else 2
+        return (devices - 1) * (times * 4 * self.parameters / devices + 2 * self.gathered * images)
 
 
 @contextmanager
@@ -118,6 +125,12 @@ def optimizer_bytes(cfg: DictConfig, method: Method) -> int:
     return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
 
+def whole_at_once(method: Method) -> int:
+    """Bytes of weights that `shard_` leaves whole at a time: those in no block, and two blocks."""
+    blocks = sorted(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks_of(method))
+    return sum(parameter.nbytes for parameter in method.parameters()) - sum(blocks[:-2])
+
+
 def need(cfg: DictConfig) -> Need:
     """What a recipe needs of a device. Raises ValueError for a method that does not come in two halves."""
     kind: type[Any] = hydra.utils.get_class(cfg.method._target_)
@@ -140,6 +153,7 @@ def need(cfg: DictConfig) -> Need:
         fixed=fixed + two[1] - 2 * kept,  # the rest are weights in the precision of the products
         kept=kept,
         gathered=three[2] - two[2],
+        at_once=whole_at_once(method) if cfg.shard else 0,
     )
 
 
@@ -162,8 +176,8 @@ def described(cfg: DictConfig, needed: Need, machine: Machine) -> list[tuple[str
             f"batch_size={cfg.batch_size} does not split evenly over {machine.devices} devices x {cfg.accumulate} "
             f"micro-batches: pass a multiple of {machine.devices * cfg.accumulate}"
         )
-    memory = needed.bytes_of(images)
-    most = max(0, int((machine.memory * GIB - needed.fixed) // needed.kept))
+    memory, fixed = (needed.bytes_of(count, machine.devices) for count in (images, 0))
+    most = max(0, int((machine.memory * GIB - fixed) // needed.kept))
     computing = images * cfg.accumulate / machine.rate
     wire = needed.wire(images * cfg.accumulate, machine.devices)
     sending = wire / (machine.link * 1e9)
@@ -175,7 +189,7 @@ def described(cfg: DictConfig, needed: Need, machine: Machine) -> list[tuple[str
             f"{needed.operations * cfg.batch_size / 1e12:.4g} T, {needed.operations / 1e9:.4g} G an image",
         ),
         ("images of a device at a time", f"{images}; {most} fit {machine.memory:g} GiB"),
-        ("memory of a device", f"{memory / GIB:.1f} GiB, {needed.fixed / GIB:.2f} whatever the batch"),
+        ("memory of a device", f"{memory / GIB:.1f} GiB, {fixed / GIB:.2f} whatever the batch"),
         ("bytes that a device sends in a step", f"{wire / 1e6:.1f} MB, {sending * 1e3:.1f} ms"),
         ("seconds of a step", f"{max(computing, sending):.3g} to {computing + sending:.3g}"),
         (
@@ -188,7 +202,7 @@ def described(cfg: DictConfig, needed: Need, machine: Machine) -> list[tuple[str
         cost = [hours * machine.devices * machine.price for hours in (least, at_most)]
         plan.append(("price", f"{cost[0]:.0f} to {cost[1]:.0f}"))
     if memory > machine.memory * GIB:
-        plan.append(("does not fit", "pass accumulate=N, recompute=true, a smaller batch_size or more devices"))
+        plan.append(("does not fit", "pass accumulate=N, recompute=true, shard=true, fewer images or more devices"))
     return plan
 
 

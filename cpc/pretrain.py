@@ -33,6 +33,7 @@ class PretrainSchema:
     batch_size: int
     accumulate: int
     recompute: bool
+    shard: bool
     grad_cache: bool
     precision: str
     device: str | None

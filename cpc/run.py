@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from contrastive_core.batch_norm import globalize_batch_norm
-from contrastive_core.checkpoint import export_encoder, load_checkpoint_, save_checkpoint
+from contrastive_core.checkpoint import export_encoder, load_checkpoint_, save_checkpoint, take_part
 from contrastive_core.data import BadImages, ImageDataset, training_batches
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.evaluate.knn import knn_accuracy
@@ -32,6 +32,7 @@ from contrastive_core.method import Method
 from contrastive_core.metrics import collapsed
 from contrastive_core.optim import parameter_groups
 from contrastive_core.run_log import RunLog, read_metrics
+from contrastive_core.sharding import copy_whole_, shard_
 from contrastive_core.training import StepResult, train_steps
 from cpc.entry import build, check_complete, run_name, start_accelerator
 from cpc.features import FrozenEncoder, parts_card, parts_of
@@ -87,6 +88,9 @@ def check_numbers(cfg: DictConfig) -> None:
     for name, temperature in temperatures.items():
         if not temperature > 0:
             raise ValueError(f"temperature.{name}={temperature}: pass a number above 0")
+    if cfg.shard and (cfg.grad_cache or cfg.precision == "fp16"):
+        other = "grad_cache=true" if cfg.grad_cache else "precision=fp16"
+        raise ValueError(f"shard=true does not go with {other}: leave one of them out (bf16 goes with it)")
     if cfg.resume not in (None, "auto"):
         raise ValueError(f"resume={cfg.resume}: pass resume=auto with the run's run_dir, or leave it out")
 
@@ -192,6 +196,61 @@ def resume_(
     return step
 
 
+def made_optimizer(cfg: DictConfig, method: Method) -> Optimizer:
+    """Of the recipe's groups of the method's parameters, as they are now."""
+    groups = parameter_groups(
+        method, exclude=cfg.exclude, exclude_also=cfg.exclude_also, constant_rate=cfg.constant_rate
+    )
+    optimizer: Optimizer = build(cfg.optimizer, groups, _partial_=False)
+    return optimizer
+
+
+class Trained(NamedTuple):
+    """What a run trains, ready for its processes.
+
+    modules: what checkpoints hold, the method and its averaged copy. optimizer: the method's. prepared,
+    prepared_optimizer: as the loop wants them. shown: what is probed and exported, always whole. split: whether each
+    process has only a part.
+    """
+
+    modules: dict[str, nn.Module]
+    optimizer: Optimizer
+    prepared: nn.Module
+    prepared_optimizer: Optimizer
+    shown: Method
+    split: bool
+
+    def show(self) -> None:
+        """Bring parts together for who looks at `shown`. Every process has to call it."""
+        if self.split:
+            copy_whole_(self.shown, list(self.modules.values())[-1])
+
+    def save(self, folder: Path, step: int, accelerator: Accelerator, keep: int) -> None:
+        """The main process writes a checkpoint. Every process has to call it."""
+        if accelerator.is_main_process:
+            save_checkpoint(folder, step, self.modules, self.optimizer, run_state(accelerator), keep)
+        elif self.split:
+            take_part(self.modules, self.optimizer)
+
+
+def made_ready(cfg: DictConfig, method: Method, accelerator: Accelerator) -> Trained:
+    """Make the optimizer, and have accelerate wrap both; with `shard=true` split them over the processes instead."""
+    device = accelerator.device
+    averaged = None if cfg.averaging is None else copy.deepcopy(method).requires_grad_(False).to(device)
+    modules: dict[str, nn.Module] = {"method": method, **({} if averaged is None else {"averaged": averaged})}
+    shown = method if averaged is None else averaged
+    if not (cfg.shard and accelerator.num_processes > 1):
+        optimizer = made_optimizer(cfg, method)
+        prepared, prepared_optimizer = accelerator.prepare(method, optimizer)
+        return Trained(modules, optimizer, prepared, prepared_optimizer, shown, split=False)
+    shown = copy.deepcopy(shown).to(device if accelerator.is_main_process else "cpu")
+    for module in modules.values():
+        shard_(module.to(device), device)
+    optimizer = made_optimizer(cfg, method)  # of the parts
+    prepared = accelerator.prepare_model(method, evaluation_mode=True)  # precision alone, no DistributedDataParallel
+    return Trained(modules, optimizer, prepared, accelerator.prepare_optimizer(optimizer), shown, split=True)
+
+
 def worker_views(views: nn.Module) -> Any:
     """The views where the loader's workers can make them (`views=torchvision_...`), else None: the device does."""
     from contrastive_core.data.worker_views import WorkerViews  # loads torchvision's transforms: not with `import cpc`
@@ -222,20 +281,12 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     method.to(memory_format=torch.channels_last)
     if cfg.global_batch_norm and accelerator.num_processes > 1:
         method = cast(Method, globalize_batch_norm(method))
-    groups = parameter_groups(
-        method, exclude=cfg.exclude, exclude_also=cfg.exclude_also, constant_rate=cfg.constant_rate
-    )
-    optimizer = build(cfg.optimizer, groups, _partial_=False)
     schedule = build(cfg.schedule)
     schedule(0.0)  # a warm-up that is no share is refused here
     if cfg.grad_cache:
         check_cacheable(method)
-
-    averaged = None if cfg.averaging is None else copy.deepcopy(method).requires_grad_(False).to(accelerator.device)
-    modules: dict[str, nn.Module] = {"method": method, **({} if averaged is None else {"averaged": averaged})}
-    exported = method if averaged is None else averaged
-    prepared, prepared_optimizer = accelerator.prepare(method, optimizer)
-    start = resume_(checkpoint, modules, optimizer, accelerator)
+    trained = made_ready(cfg, method, accelerator)
+    start = resume_(checkpoint, trained.modules, trained.optimizer, accelerator)
 
     batches = training_batches(
         dataset,
@@ -250,8 +301,8 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
         views=worker_views(views),
     )
     results = train_steps(
-        prepared,
-        prepared_optimizer,
+        trained.prepared,
+        trained.prepared_optimizer,
         accelerator,
         batches,
         views,
@@ -260,13 +311,13 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
         steps=cfg.steps,
         schedule=schedule,
         clip=cfg.clip,
-        averaged=averaged,
+        averaged=trained.modules.get("averaged"),
         averaging_decay=cfg.averaging or 0.0,
         grad_cache=cfg.grad_cache,
     )
     main_process = accelerator.is_main_process
     sets = probe_sets(dataset, cfg.probe_images) if cfg.probe_every and main_process else None
-    probed = FrozenEncoder(exported.encoder, **card["input"])
+    probed = FrozenEncoder(trained.shown.encoder, **card["input"])
     bad_images, throughput, alarm = BadImages(cfg.bad_images), Throughput(), CollapseAlarm()
 
     # nothing has been written so far: a mistake leaves no folder behind
@@ -284,7 +335,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
             last = result.step == cfg.steps
             asked = 0 if last else request.asked(accelerator.device)
 
-            # every process takes part in the mean; the rest is the main one's
+            # every process takes part in the mean, and in what it takes to look and to save; the rest is the main one's
             if last or result.step == 1 or result.step % cfg.log_every == 0:
                 row = metrics_row(result, accelerator, throughput.rate())
                 if log is not None:
@@ -293,14 +344,15 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
                         log.say(f"step {result.step}: {alarm.line}")
             if log is not None:
                 log.advance()
-                with throughput.paused():
-                    if sets is not None and (last or result.step % cfg.probe_every == 0):
+            with throughput.paused():
+                if cfg.probe_every and (last or result.step % cfg.probe_every == 0):
+                    trained.show()
+                    if log is not None and sets is not None:
                         accuracy = probe(probed, sets, accelerator, cfg.bad_images)
                         log.write({"step": result.step, "knn": accuracy})
                         log.say(f"step {result.step}: kNN accuracy among training images {accuracy:.3f}")
-                    if last or asked or result.step % cfg.save_every == 0:
-                        extra, keep = run_state(accelerator), cfg.keep_checkpoints
-                        save_checkpoint(run_dir / "checkpoints", result.step, modules, optimizer, extra, keep)
+                if last or asked or result.step % cfg.save_every == 0:
+                    trained.save(run_dir / "checkpoints", result.step, accelerator, cfg.keep_checkpoints)
             if asked:
                 if log is not None:
                     name = signal.Signals(asked).name
@@ -308,10 +360,12 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
                 accelerator.wait_for_everyone()  # a launcher ends all processes with the first
                 raise Stopped(asked)
 
+        trained.show()
         if main_process:
-            card = parts_card(exported, dataset.class_names) | card  # what the entry point knows better stands
+            shown = trained.shown
+            card = parts_card(shown, dataset.class_names) | card  # what the entry point knows better stands
             card |= {"collapsed": alarm.line} if alarm.line else {}
-            export_encoder(run_dir, exported.encoder, card, parts_of(exported))
+            export_encoder(run_dir, shown.encoder, card, parts_of(shown))
     if main_process:
         print(f"encoder: {run_dir / 'encoder.safetensors'}\nread it with: cpc.load_encoder({str(run_dir)!r})")
     accelerator.wait_for_everyone()

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from conftest import CHECKOUT, run_command
 
 from contrastive_core.run_log import read_metrics
+from cpc.entry import start_accelerator
 
 FOLDER = CHECKOUT / "configs/accelerate"
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
@@ -39,6 +40,14 @@ def test_there_is_no_other():
 
 def test_the_slurm_script_is_one():
     subprocess.run(["bash", "-n", FOLDER / "slurm.sh"], check=True)
+
+
+@pytest.mark.parametrize("plugin", ["FSDP", "DEEPSPEED"])
+def test_accelerate_s_own_sharding_is_refused(plugin, monkeypatch):
+    """On a CPU accelerate falls back to DDP in silence; `shard=true` is the one way, tests/test_sharding.py."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
+    with pytest.raises(ValueError, match=f"accelerate's {plugin} is not used here: leave it out .* pass shard=true"):
+        start_accelerator(precision="no", device="cpu", threads=None)
 
 
 def launched(config: str, folder: Path, *options: str) -> list[str]:

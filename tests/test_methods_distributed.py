@@ -21,11 +21,13 @@ from contrastive_core.gather import world
 from contrastive_core.method import Batch
 from contrastive_core.methods.moco import MoCo
 from contrastive_core.randomness import Randomness
+from contrastive_core.sharding import shard_, whole
 
 STEPS = 2
 MEMORIES = ["SimCLRv2", "MoCo", "PIRL", "BYOL"]
-RUNS = [(name, "batch", 1) for name in METHODS] + [(name, "group", 2) for name in MEMORIES]
-IDS = [f"{name}, {norm}, accumulate={accumulate}" for name, norm, accumulate in RUNS]
+RUNS = [(name, "batch", 1, False) for name in METHODS] + [(name, "group", 2, False) for name in MEMORIES]
+RUNS += [(name, "batch", 1, True) for name in METHODS] + [("SimCLRv2", "group", 2, True)]
+IDS = [f"{name}, {norm}, accumulate={accumulate}{', split' * split}" for name, norm, accumulate, split in RUNS]
 
 
 def dataset():
@@ -55,10 +57,14 @@ def method_of(name, norm):
     return globalize_batch_norm(method)
 
 
-def train(name, norm, accumulate):
+def train(name, norm, accumulate, split):
     """The losses of the micro-batches, the first step's gradients, and the state in the end."""
     method = method_of(name, norm)
-    wrapped = DistributedDataParallel(method, broadcast_buffers=False) if world()[1] > 1 else method
+    wrapped = method
+    if world()[1] > 1 and split:
+        shard_(method, torch.device("cpu"))
+    elif world()[1] > 1:
+        wrapped = DistributedDataParallel(method, broadcast_buffers=False)
     learned = {key: p for key, p in method.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(learned.values(), lr=0.1, momentum=0.9)
     losses, gradients = [], {}
@@ -67,11 +73,15 @@ def train(name, norm, accumulate):
             loss, _ = wrapped(batch)
             (loss / accumulate).backward()
             losses.append(joint_mean(loss.detach()))
-        gradients = gradients or {key: p.grad.clone() for key, p in learned.items()}
+        gradients = gradients or {key: whole(p.grad).clone() for key, p in learned.items()}
         optimizer.step()
         optimizer.zero_grad()
         method.after_step((step + 1) / STEPS)
-    return {"losses": losses, "gradients": gradients, "state": method.state_dict()}
+    return {"losses": losses, "gradients": gradients, "state": whole_state(method)}
+
+
+def whole_state(method):
+    return {key: whole(value) for key, value in method.state_dict().items()}
 
 
 def joint_mean(value):

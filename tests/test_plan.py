@@ -59,6 +59,15 @@ def test_bytes_on_the_wire(compose):
     assert need(compose("method.gather=false")).gathered == 0
 
 
+def test_split_weights_take_less_memory_and_more_wire(compose):
+    """Weights go round before the forward and before the backward pass, gradients once: three halves of the bytes."""
+    plain, split = need(compose("method.gather=false")), need(compose("method.gather=false", "shard=true"))
+    assert split.wire(images=8, devices=4) == 1.5 * plain.wire(images=8, devices=4)
+    assert split.bytes_of(8) == plain.bytes_of(8)
+    assert split.bytes_of(0, devices=4) == plain.fixed / 4 + split.at_once
+    assert 0 < split.at_once < 4 * split.parameters
+
+
 def test_simclr_sends_both_projections(compose):
     needed = need(compose("method=simclr", name="pretrain"))
     assert needed.gathered == 2 * 128 * 4
@@ -72,7 +81,7 @@ def test_hours_and_price(compose):
     assert lines["price"] == "6 to 6"
     assert "does not fit" not in lines
     small = dict(described(cfg, need(cfg), Machine(devices=2, memory=0.02, link=1e9, rate=32, price=0)))
-    assert small["does not fit"] == "pass accumulate=N, recompute=true, a smaller batch_size or more devices"
+    assert small["does not fit"] == "pass accumulate=N, recompute=true, shard=true, fewer images or more devices"
     assert "price" not in small
     most = int(small["images of a device at a time"].split()[1])
     assert need(cfg).bytes_of(most) <= 0.02 * 2**30 < need(cfg).bytes_of(most + 1)
