@@ -12,12 +12,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -94,11 +95,11 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
                 raise
             sys.exit(_one_line(error))
         except (MemoryError, RuntimeError) as error:
-            if wants_traceback() or not out_of_memory(error):
+            told = way_out(error)
+            if wants_traceback() or not told:
                 raise
-            first = str(error).partition("\n")[0] or "MemoryError"
-            way_out = "pass a smaller batch_size, accumulate=N, recompute=true or precision=bf16"
-            sys.exit(_one_line(MemoryError(f"out of memory: {way_out} ({first[:200]})")))
+            first = str(error).partition("\n")[0] or type(error).__name__
+            sys.exit(_one_line(RuntimeError(f"{told} ({first[:200]})")))
 
     entry = hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(run)
 
@@ -148,6 +149,15 @@ def wants_traceback() -> bool:
 def out_of_memory(error: Exception) -> bool:
     """Whether it was memory that was lacking, on a GPU or a CPU, where torch raises a RuntimeError like any other."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def way_out(error: Exception) -> str:
+    """What to do about an error that torch raises for want of memory or of another process; "" = it is none of them."""
+    if out_of_memory(error):
+        return "out of memory: pass a smaller batch_size, accumulate=N, recompute=true or precision=bf16"
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        return "another process failed or did not answer: its own output says why; resume=auto goes on"
+    return ""
 
 
 def config_search() -> AbstractContextManager[Any]:
@@ -212,8 +222,12 @@ def check_complete(cfg: DictConfig) -> None:
         raise ValueError(f"not given: {', '.join(missing)}; pass them as {missing[0]}=VALUE, or an experiment=NAME")
 
 
-def start_accelerator(*, precision: str, device: str | None, threads: int | None, accumulate: int = 1) -> Accelerator:
+def start_accelerator(
+    *, precision: str, device: str | None, threads: int | None, accumulate: int = 1, timeout: float = 30
+) -> Accelerator:
     """Accelerate on CUDA where there is one and `device` does not say cpu, with `threads` CPU threads a process.
+
+    Where one of several processes waits for another for more than `timeout` minutes, it fails, and with it all.
 
     Raises ValueError for fp16 without CUDA and for processes that did not find each other.
     """
@@ -229,6 +243,8 @@ def start_accelerator(*, precision: str, device: str | None, threads: int | None
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: pass at least 1, or null for cores / processes")
 
+    if not timeout > 0:
+        raise ValueError(f"timeout={timeout}: pass the minutes that a process waits for another, above 0")
     for plugin in ("FSDP", "DEEPSPEED"):  # of which accelerate would make nothing on a CPU, and says so to nobody
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true":
             raise ValueError(
@@ -243,7 +259,7 @@ def start_accelerator(*, precision: str, device: str | None, threads: int | None
         cpu=cpu,
         mixed_precision=precision,
         gradient_accumulation_steps=accumulate,
-        kwargs_handlers=[distributed],
+        kwargs_handlers=[distributed, InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))],
     )
     # its launcher exports OMP_NUM_THREADS=1, which would leave all cores but one idle, and it may set its own count
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -39,6 +39,7 @@ class PretrainSchema:
     device: str | None
     workers: int
     threads: int | None
+    timeout: float
     run_dir: str | None
     resume: str | None
     save_every: int

@@ -266,7 +266,11 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     check_complete(cfg)
     check_numbers(cfg)
     accelerator = start_accelerator(
-        precision=cfg.precision, device=cfg.device, threads=cfg.threads, accumulate=cfg.accumulate
+        precision=cfg.precision,
+        device=cfg.device,
+        threads=cfg.threads,
+        accumulate=cfg.accumulate,
+        timeout=cfg.timeout,
     )
     config = plain(cfg)
     run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)

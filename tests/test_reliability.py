@@ -2,21 +2,24 @@
 
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import CHECKOUT, launcher
+from conftest import CHECKOUT, launcher, run_command
 from PIL import Image
 from torch import nn
 
 from contrastive_core import checkpoint, training
+from contrastive_core.checkpoint import damage, latest_checkpoint
 from contrastive_core.run_log import RunLog, read_metrics
 from cpc import interruption
 from cpc.interruption import Stopped, StopRequest
@@ -238,34 +241,120 @@ def test_a_runs_workers_outlive_the_signal_that_the_whole_group_gets(tmp_path):
     assert "Traceback" not in errors.read_text()
 
 
-def test_on_two_processes_one_that_is_asked_is_enough(tmp_path):
+@contextmanager
+def at_work_on_two_processes(tmp_path, *options):
+    """A run of two processes after its third step: the launcher, the second process, what went to stderr."""
     run = tmp_path / "run"
-    options = [option for option in TINY if not option.startswith("steps=")]
-    tool = [
-        str(CHECKOUT / "tools/pretrain_cpc.py"),
-        *options,
-        "steps=5000",
-        "save_every=5000",
-        "device=cpu",
-        f"run_dir={run}",
-    ]
-    command = [*launcher(2), *tool]
+    tiny = [option for option in TINY if not option.startswith(("steps=", "save_every="))]
+    tool = [str(CHECKOUT / "tools/pretrain_cpc.py"), *tiny, "steps=5000", "device=cpu", f"run_dir={run}", *options]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as process:
+    errors = tmp_path / "errors"
+    with (
+        errors.open("w") as file,
+        subprocess.Popen(
+            [*launcher(2), *tool], cwd=tmp_path, env=environment, stderr=file, start_new_session=True
+        ) as process,
+    ):
         try:
-            while not (run / "metrics.jsonl").is_file() or len(read_metrics(run)) < 3:
-                assert process.poll() is None
+            while not (run / "metrics.jsonl").is_file() or len(read_metrics(run)) < 4:
+                assert process.poll() is None, errors.read_text()
                 time.sleep(0.1)
             (second,) = [
                 child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"
             ]
-            second.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 1
+            yield process, second, errors
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    last = read_metrics(run)[-1]["step"]
-    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step_{last:08d}"]
+
+
+def test_on_two_processes_one_that_is_asked_is_enough(tmp_path):
+    with at_work_on_two_processes(tmp_path, "save_every=5000") as (process, second, _):
+        second.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 1
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()] == [f"step_{last:08d}"]
+
+
+# ---- faults of one process ----
+
+
+def test_a_process_that_dies_ends_all_within_seconds(tmp_path):
+    with at_work_on_two_processes(tmp_path, "save_every=2") as (process, second, errors):
+        second.kill()
+        assert process.wait(30) == 1
+        assert not psutil.pid_exists(second.pid)
+    assert damage(latest_checkpoint(tmp_path / "run/checkpoints")) == ""
+    assert "error: another process failed or did not answer: its own output says why; res" in errors.read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_ends_all_within_its_time(tmp_path):
+    """Six seconds until the other gives up, thirty that torch's launcher gives the one that does not hear it."""
+    with at_work_on_two_processes(tmp_path, "save_every=2", "timeout=0.1") as (process, second, errors):
+        second.suspend()
+        began = time.monotonic()
+        assert process.wait(60) == 1
+        assert time.monotonic() - began > 5
+    assert damage(latest_checkpoint(tmp_path / "run/checkpoints")) == ""
+    assert "error: another process failed or did not answer: its own output says why; res" in errors.read_text()
+
+
+# ---- disks ----
+
+
+def limited(start, most):
+    """A run whose files the kernel does not let grow beyond so many bytes; returns its error."""
+
+    def job():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        with pytest.raises(OSError, match="File too large") as told:
+            start("parts")
+        Path("told").write_text(str(told.value))
+
+    _, status = os.waitpid(in_a_child(job), 0)
+    assert status == 0
+    return Path("told").read_text()
+
+
+def test_where_files_may_not_grow_the_last_checkpoint_stays(start, whole, tmp_path, monkeypatch, interrupted_at):
+    """A quota, or FAT's four GiB: the same error as of a full disk, from the kernel and in the midst of a save."""
+    monkeypatch.chdir(tmp_path)
+    with interrupted_at(4):
+        start("parts")
+    (saved,) = (tmp_path / "parts/checkpoints").iterdir()
+    largest = max(file.stat().st_size for file in saved.iterdir())
+    assert "cannot write" in limited(start, largest - 1)
+    assert list((tmp_path / "parts/checkpoints").iterdir()) == [saved]
+    assert damage(saved) == ""
+    assert_the_same(start("parts"), whole)
+
+
+OWN_NAMESPACE = ["unshare", "--map-root-user", "--mount"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run([*OWN_NAMESPACE, "true"], capture_output=True).returncode != 0,
+    reason="no namespaces here to mount a small disk in; the test before it has the kernel refuse a write anywhere",
+)
+def test_on_a_full_disk_a_run_ends_in_one_line_and_goes_on_elsewhere(start, whole, tmp_path):
+    """A file system of its own, in a namespace of its own: room for one checkpoint and half of another."""
+    pages = sum(-(-file.stat().st_size // 4096) for file in (whole / "checkpoints/step_00000012").iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run = " ".join([sys.executable, str(CHECKOUT / "tools/pretrain_cpc.py"), *TINY, f"run_dir={disk / 'parts'}"])
+    mount = f"mount -t tmpfs -o size={6 * pages + 64}k none {disk}"
+    script = f"{mount} && {run}; code=$?; cp -r {disk}/parts {tmp_path}; exit $code"
+    done = run_command([*OWN_NAMESPACE, "bash", "-c", script], tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    (saved,) = (tmp_path / "parts/checkpoints").iterdir()
+    assert damage(saved) == ""
+    rebased = (tmp_path / "parts/config.yaml").read_text().replace(str(disk), str(tmp_path))
+    (tmp_path / "parts/config.yaml").write_text(rebased)
+    assert_the_same(start("parts"), whole)
 
 
 def test_after_an_error_nobody_waits_for_an_answer_that_may_never_come():
