@@ -5,7 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import re
+import sys
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
@@ -22,6 +27,7 @@ from contrastive_core.data import (
     label_fraction,
     sample_ids,
     sample_order,
+    shard_files,
     training_batches,
     webdataset,
 )
@@ -161,15 +167,111 @@ def test_a_pickled_data_set_opens_its_shards_itself(folder):
     dataset = webdataset(folder, size=8, cache=False).train
     assert int(dataset[3].image[0, 0, 0]) == 3
     again = pickle.loads(pickle.dumps(dataset))
-    assert again.source._open == {}
+    assert again.source._reader._open == {}
     assert values(again) == list(range(20))
 
 
 def test_few_shards_stay_open(folder, monkeypatch):
-    monkeypatch.setattr(shards_module, "OPEN_FILES", 2)
+    monkeypatch.setattr(shard_files, "OPEN_FILES", 2)
     dataset = webdataset(folder, size=8, cache=False).train
     assert [int(dataset[i].image[0, 0, 0]) for i in (0, 5, 10, 15, 1)] == [0, 5, 10, 15, 1]
-    assert len(dataset.source._open) == 2
+    assert len(dataset.source._reader._open) == 2
+
+
+# --- behind a URL ------------------------------------------------------------------------------------------------
+
+
+class RangeServer(SimpleHTTPRequestHandler):
+    """Files of a folder, whole, a range at a time, or not at all."""
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        self.server.asked.append((self.path, asked))
+        if self.server.refuses and asked:
+            self.server.refuses -= 1
+            self.send_error(503)
+            return
+        if asked is None or self.path.endswith("/"):
+            super().do_GET()
+            return
+        content = (Path(self.directory) / self.path.lstrip("/")).read_bytes()
+        first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+        part = content[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(folder):
+    """The folder at a URL of this machine; `asked` is what was, `refuses` how many ranges it refuses from now on."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeServer, directory=str(folder))) as serving:
+        serving.asked, serving.refuses = [], 0
+        serving.url = f"http://127.0.0.1:{serving.server_port}"
+        threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
+        yield serving
+        serving.shutdown()
+
+
+@pytest.mark.parametrize("where", ["", "/train-*.tar", "/train-{000..003}.tar"], ids=["folder", "pattern", "braces"])
+def test_shards_behind_a_url(server, folder, where):
+    there, here = webdataset(server.url + where, size=8, cache=False).train, webdataset(folder, size=8).train
+    server.asked.clear()
+    assert values(there) == values(here) == list(range(20))
+    assert there.labels.tolist() == here.labels.tolist()
+    places = zip(there.source.start, there.source.length, strict=True)
+    ranges = [f"bytes={first}-{first + length - 1}" for first, length in places]
+    assert [asked for _, asked in server.asked] == ranges  # an image at a time, and no more of it
+    assert sample_ids(there).tolist() == sample_ids(here).tolist()
+
+
+def test_workers_fetch_for_themselves(server):
+    dataset = webdataset(server.url, size=8, cache=False).train
+    assert values(dataset.subset([3])) == [3]  # a connection that they must not share
+    options = {"batch_size": 4, "seed": 0, "start": 0, "steps": 5, "rank": 0, "world": 1, "accumulate": 1}
+    batches = training_batches(dataset, **options, workers=2)
+    loaded = torch.cat([batch.images[:, 0, 0, 0] for (batch,) in batches])
+    assert sorted(loaded.tolist()) == list(range(20))
+
+
+def test_a_server_that_refuses_is_asked_again(server, monkeypatch):
+    monkeypatch.setattr(shard_files, "WAIT", 0.01)
+    dataset = webdataset(server.url, size=8, cache=False).train
+    server.refuses = shard_files.TRIES - 1
+    assert values(dataset.subset([7])) == [7]
+    server.refuses = shard_files.TRIES
+    assert re.search(r"train-001.tar 1/0007: .* did not answer 5 times: 503", dataset[7].fault)
+
+
+def test_an_index_saves_reading_headers(server, folder, tmp_path):
+    index = tmp_path / "index.npz"
+    first = webdataset(server.url, size=8, cache=False, index=index).train
+    server.asked.clear()
+    again = webdataset(server.url, size=8, cache=False, index=index).train
+    assert not [asked for _, asked in server.asked if asked]
+    assert again.source.start.tolist() == first.source.start.tolist()
+    write_shard(folder / "train-000.tar", 100, 4)
+    assert len(webdataset(server.url, size=8, cache=False, index=index).train) == 19
+
+
+def test_what_is_not_there_is_said(server, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"no shard http://.*/no.tar: set data.train to a folder of .tar files"):
+        webdataset(f"{server.url}/no.tar", size=8)
+    with pytest.raises(ValueError, match="Protocol not known: nowhere"):
+        webdataset("nowhere://a/b.tar", size=8)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ImportError, match=r"s3://bucket/a.tar: Install s3fs"):
+        webdataset("s3://bucket/a.tar", size=8)
+
+
+def test_braces_are_spelled_out():
+    assert shard_files.spelled_out("{a,b}-{08..10}.tar") == [f"{x}-{n}.tar" for x in "ab" for n in ("08", "09", "10")]
+    assert shard_files.spelled_out("plain.tar") == ["plain.tar"]
 
 
 # --- broken and hostile -------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ image lies, and from then on an image is a number, as in every other data set. S
 a function of (seed, epoch): the same on any number of processes and workers, none of which sees another's images, and a
 run goes on in the midst of a shard with nothing saved but its step.
 
-Where reading at random is slow (a spinning disk, a network), `shards_at_a_time` mixes the images of so many shards at a
-time, other ones together in every epoch, and reads stay within those.
+Where reading at random is slow (a spinning disk), `shards_at_a_time` mixes the images of so many shards at a time,
+other ones together in every epoch, and reads stay within those.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import logging
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from contrastive_core.data.images import ImageDataset, Stored
+from contrastive_core.data.shard_files import RangeReader, find_shards, is_remote, opened, state_of
 from contrastive_core.data.sources import EXTENSIONS, Splits, StrPath, cached_splits
 
 logger = logging.getLogger(__name__)
@@ -33,8 +35,8 @@ LARGEST_IMAGE = 1 << 28
 LONGEST_LABEL = 32
 """Bytes of a `.cls` file above which it is no label."""
 
-OPEN_FILES = 64
-"""Shards that a process keeps open."""
+READERS = 8
+"""Remote shards whose headers are read at the same time."""
 
 
 class Member(NamedTuple):
@@ -59,7 +61,7 @@ class TarImages(Stored):
         self, files: Sequence[str], shard: np.ndarray, start: np.ndarray, length: np.ndarray, keys: np.ndarray
     ) -> None:
         self.files, self.shard, self.start, self.length, self.keys = tuple(files), shard, start, length, keys
-        self._open: dict[int, int] = {}
+        self._reader = RangeReader()
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -68,26 +70,12 @@ class TarImages(Stored):
         length = int(self.length[index])
         if length > LARGEST_IMAGE:
             raise ValueError(f"{length:,} bytes are no image, the limit is {LARGEST_IMAGE:,}")
-        read = os.pread(self._descriptor(int(self.shard[index])), length, int(self.start[index]))
+        read = self._reader.read(self.files[int(self.shard[index])], int(self.start[index]), length)
         if len(read) < length:
             raise ValueError(
                 f"its shard ends after {len(read)} of its {length} bytes: it was changed since it was read"
             )
         return read
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            while len(self._open) >= OPEN_FILES:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = os.open(self.files[shard], os.O_RDONLY)
-        return self._open[shard]
-
-    def __getstate__(self) -> dict[str, Any]:  # a worker that is not forked opens the shards itself
-        return self.__dict__ | {"_open": {}}
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_open", {}).values():
-            os.close(descriptor)
 
     def take(self, indices: Sequence[int]) -> TarImages:
         """The images at these places."""
@@ -119,7 +107,9 @@ def webdataset(
     over. A shard that is no tar, or ends too soon, is named in the log, and what comes before the break counts.
 
     Args:
-        train, test: a folder of `.tar` files, a pattern such as "shards/train-*.tar", a file, or several of these.
+        train, test: a folder of `.tar` files, a pattern such as "shards/train-*.tar" or "train-{000..146}.tar", a file,
+            or several of these; also URLs (https, s3, gs, hf, ...: what fsspec knows), of which each image is fetched
+            when it is asked for. `workers` fetch side by side; `index` saves reading all headers at every start.
         size: pixels a side.
         shards_at_a_time: mix the images of so many shards at a time; None = all of them.
         index: a file (`.npz`) that keeps where images lie, made where there is none and anew when a shard has changed.
@@ -143,26 +133,13 @@ def webdataset(
     return cached_splits(parts[0], parts[1] if len(parts) == 2 else None, cache)
 
 
-def find_shards(where: StrPath | Sequence[StrPath], argument: str) -> list[str]:
-    """Paths of shards, sorted: of a folder, a pattern, a file, or several of these.
-
-    Raises FileNotFoundError that names the argument where there is none.
-    """
-    found: list[str] = []
-    for each in [where] if isinstance(where, str | os.PathLike) else where:
-        path = Path(each)
-        several = path.glob("*.tar") if path.is_dir() else path.parent.glob(path.name)
-        files = [str(path)] if path.is_file() else sorted(map(str, several))
-        if not files:
-            raise FileNotFoundError(f"no shard {each}: set {argument} to a folder of .tar files, or to a pattern")
-        found += files
-    return found
-
-
 def _of_shards(
     files: list[str], known: dict[str, list[Member]], size: int, shards_at_a_time: int | None
 ) -> ImageDataset:
-    members = [known[file] if file in known else known.setdefault(file, read_shard(file)) for file in files]
+    missing = [file for file in files if file not in known]
+    with ThreadPoolExecutor(READERS if any(map(is_remote, missing)) else 1) as readers:
+        known.update(zip(missing, readers.map(read_shard, missing), strict=True))
+    members = [known[file] for file in files]
     rows = [(shard, *member) for shard, some in enumerate(members) for member in some]
     if not rows:
         raise ValueError(f"{len(files)} shards from {files[0]} on hold no image: their files need an image's suffix")
@@ -183,8 +160,9 @@ def read_shard(file: str) -> list[Member]:
     labels: dict[str, int] = {}
     broken = ""
     try:
-        size = os.path.getsize(file)
-        with tarfile.open(file, "r:") as shard:  # not compressed: a place in a compressed file cannot be gone to
+        size = state_of(file)[0]
+        # not compressed: a place in a compressed file cannot be gone to
+        with opened(file) as bytes_of, tarfile.open(fileobj=bytes_of, mode="r:") as shard:
             for member in shard:
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("it ends within a file")
@@ -196,6 +174,8 @@ def read_shard(file: str) -> list[Member]:
                 elif f".{suffix.rpartition('.')[2]}" in EXTENSIONS:
                     images.setdefault(key, member)
     except (tarfile.TarError, OSError, EOFError) as error:
+        if is_remote(file) and not isinstance(error, tarfile.TarError | EOFError):
+            raise  # a line that fails now and then must not make another data set
         broken = " ".join(str(error).split())
     if broken:
         logger.warning("broken shard %s: %s; the %d images before that are used", file, broken, len(images))
@@ -216,12 +196,6 @@ def _label(text: bytes, file: str, key: str) -> int:
         raise ValueError(f"{file}: the label of {key} is {text[:20]!r}: number the classes from 0") from None
 
 
-def _state(file: str) -> tuple[int, int]:
-    """What changes when a shard does: its size and its time."""
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
-
-
 def _read_index(index: Path) -> dict[str, list[Member]]:
     """The shards that are as they were when the index was written."""
     if not index.is_file():
@@ -234,7 +208,7 @@ def _read_index(index: Path) -> dict[str, list[Member]]:
     files, bounds = tables["files"].tolist(), np.searchsorted(tables["shard"], np.arange(len(tables["files"]) + 1))
     known = {}
     for place, file in enumerate(files):
-        if Path(file).is_file() and _state(file) == tuple(tables["states"][place].tolist()):
+        if (is_remote(file) or Path(file).is_file()) and state_of(file) == tuple(tables["states"][place].tolist()):
             rows = slice(bounds[place], bounds[place + 1])
             columns = (tables[name][rows].tolist() for name in ("start", "length", "keys", "labels"))
             known[file] = [Member(*row) for row in zip(*columns, strict=True)]
@@ -252,7 +226,7 @@ def _write_index(index: Path, known: Mapping[str, list[Member]]) -> None:
     np.savez(
         temporary,
         files=np.array(list(known)),
-        states=np.array([_state(file) for file in known]),
+        states=np.array([state_of(file) for file in known]),
         shard=np.array(shard, dtype=np.int64),
         start=np.array(start, dtype=np.int64),
         length=np.array(length, dtype=np.int64),
