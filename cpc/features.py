@@ -5,6 +5,7 @@ Patch geometry and normalisation travel with the weights in `encoder.json`, so t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -229,7 +230,7 @@ def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
         parsed: dict[str, Any] = read_json(card)
         described = isinstance(parsed["architecture"]["name"], str)
         described &= isinstance(parsed["architecture"]["arguments"], dict)
-        described &= {"image_size", "mean", "std"} <= parsed["input"].keys() and _are_numbers(parsed["input"].values())
+        described &= _is_input(**parsed["input"])
     except (ValueError, KeyError, TypeError, AttributeError):
         described = False
     if not described:
@@ -240,8 +241,22 @@ def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
     return weights, parsed
 
 
-def _are_numbers(values: Iterable[Any]) -> bool:
-    return all(item is None or isinstance(item, int | float) for item in _flat(values))
+def _is_input(
+    image_size: Any, mean: Any, std: Any, load_size: Any = None, patch_size: Any = None, stride: Any = None
+) -> bool:
+    """Whether these are pixels and colours; TypeError for names that are none of an input's."""
+    if not patch_size:  # null: an encoder of whole images
+        patch_size = stride = image_size
+    pixels = all(type(size) is int for size in (image_size, load_size or image_size, patch_size, stride))
+    colours = all(isinstance(each, list) and len(each) == 3 for each in (mean, std))
+    return (
+        pixels
+        and colours
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in (*mean, *std))
+        and 0 < patch_size <= image_size <= LARGEST_ARGUMENT
+        and 0 < stride <= image_size <= (load_size or image_size) <= LARGEST_ARGUMENT
+        and min(std) > 0
+    )
 
 
 def _numbers(values: Iterable[Any]) -> Iterator[int | float]:
