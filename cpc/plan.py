@@ -15,7 +15,7 @@ need not be there (torch's FakeTensorMode), and taken through a forward pass as 
     seconds of a step      images / rate of one device, and the bytes over the link: at least the longer of the two, at
                            most both
 
-Example: for the paper's ResNet-161 with 16 images a device it says 42.6 GiB, where 42.0 were measured on an H100.
+Example: for the paper's ResNet-161 with 64 images a device it is within 1 % of the 65.0 GiB that an H200 measured.
 """
 
 from __future__ import annotations
