@@ -21,6 +21,7 @@ from contrastive_core.grad_cache import CachedStep, check_cacheable
 from contrastive_core.method import Batch, Method
 from contrastive_core.momentum import ema_update_, polyak_decay
 from contrastive_core.optim import set_learning_rate_
+from contrastive_core.profiling import part
 from contrastive_core.randomness import Randomness
 from contrastive_core.sharding import whole
 from contrastive_core.transfer import to_device
@@ -45,7 +46,7 @@ class StepResult(NamedTuple):
 
 def make_batch(loaded: LoadedBatch, views: nn.Module, randomness: Randomness, device: torch.device) -> Batch:
     """Move uint8 images to the device and augment them there; or only move what the loader's workers have augmented."""
-    with torch.no_grad():
+    with torch.no_grad(), part("views"):
         if loaded.views is None:
             made = views(to_device(loaded.images, device), randomness)
         else:
@@ -61,8 +62,10 @@ def accumulated_gradients(
     for i, make in enumerate(makers):
         batch = make()
         with nullcontext() if i + 1 == len(makers) else accelerator.no_sync(method):
-            loss, metrics = method(batch)
-            accelerator.backward(loss)
+            with part("forward"):
+                loss, metrics = method(batch)
+            with part("backward"):
+                accelerator.backward(loss)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value / len(makers)
     return totals
@@ -74,8 +77,10 @@ def cached_gradients(
     """Micro-batches are contrasted as one batch; processes exchange their gradients once. Returns its metrics."""
     with accelerator.no_sync(method):
         passes = CachedStep(accelerator.unwrap_model(method), makers, accelerator)
-        loss, metrics = passes.forward()
-        passes.backward(loss)
+        with part("forward"):
+            loss, metrics = passes.forward()
+        with part("backward"):
+            passes.backward(loss)
     return {"loss": loss.detach(), **metrics}
 
 
@@ -103,7 +108,7 @@ def makers_of(
     batches: Iterable[list[LoadedBatch]], views: nn.Module, *, seed: int, start: int, device: torch.device
 ) -> Steps:
     """For each step its micro-batches as they were loaded, and for each of them what moves and augments it."""
-    for step, micro_batches in enumerate(batches, start):
+    for step, micro_batches in enumerate(_loaded(batches), start):
         yield (
             micro_batches,
             [
@@ -111,6 +116,16 @@ def makers_of(
                 for loaded in micro_batches
             ],
         )
+
+
+def _loaded(batches: Iterable[list[LoadedBatch]]) -> Iterator[list[LoadedBatch]]:
+    waiting = iter(batches)
+    while True:
+        with part("load"):
+            loaded = next(waiting, None)
+        if loaded is None:
+            return
+        yield loaded
 
 
 def made_ahead(makers: list[Callable[[], Batch]]) -> list[Callable[[], Batch]]:
@@ -173,7 +188,8 @@ def train_steps(
         seed_torch_(seed, step, accelerator.process_index)
 
         totals = gradients(method, makers, accelerator)
-        norm = whole(accelerator.clip_grad_norm_(method.parameters(), math.inf if clip is None else clip))
+        with part("clip"):
+            norm = whole(accelerator.clip_grad_norm_(method.parameters(), math.inf if clip is None else clip))
         if ahead and (following := next(coming, None)) is not None:
             following = following[0], made_ahead(following[1])
         # fp16's scaler skips a step by itself whose gradient is not finite
@@ -181,16 +197,18 @@ def train_steps(
 
         # the step itself, then whatever the method and the averaged copy do once a step
         totals["gradient_norm"] = norm
-        optimizer.step()
+        with part("optimizer step"):
+            optimizer.step()
         skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
         if skipped == SKIPS_IN_A_ROW:
             raise FloatingPointError(
                 f"{skipped} steps up to {step + 1} were skipped for gradients not finite: {_REMEDY}"
             )
         optimizer.zero_grad()
-        bare.after_step((step + 1) / steps)
-        if averaged is not None:
-            ema_update_(averaged, bare, polyak_decay(step, averaging_decay))
+        with part("after step"):
+            bare.after_step((step + 1) / steps)
+            if averaged is not None:
+                ema_update_(averaged, bare, polyak_decay(step, averaging_decay))
 
         step += 1
         totals["lr"] = torch.tensor(lr, dtype=torch.float64)

@@ -47,6 +47,7 @@ class PretrainSchema:
     log_every: int
     probe_every: int
     probe_images: int
+    profile: bool
     bad_images: float
     load_size: int
     image_size: int

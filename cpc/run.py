@@ -31,6 +31,7 @@ from contrastive_core.grad_cache import check_cacheable
 from contrastive_core.method import Method
 from contrastive_core.metrics import collapsed
 from contrastive_core.optim import parameter_groups
+from contrastive_core.profiling import profiled
 from contrastive_core.run_log import RunLog, read_metrics
 from contrastive_core.sharding import copy_whole_, shard_
 from contrastive_core.training import StepResult, train_steps
@@ -329,11 +330,13 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
         StopRequest() as request,
         claimed(run_dir, config, accelerator, resume=resume),
         RunLog(run_dir, start=start, steps=cfg.steps) if main_process else nullcontext() as log,
+        profiled(run_dir if cfg.profile and main_process else None, cfg.steps - start) as watch,
     ):
         for row in read_metrics(run_dir) if start and main_process else ():  # what the run before had seen
             if "loss" in row:
                 alarm.rings({name: value for name, value in row.items() if value is not None})
         for result in results:
+            watch()
             bad_images.count(result.faults, seen=cfg.batch_size // accelerator.num_processes)
             throughput.images += cfg.batch_size
             last = result.step == cfg.steps
