@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from contrastive_core.data import (
     BadImages,
@@ -166,9 +167,27 @@ def test_nothing_but_bad_images_is_an_error() -> None:
 
 def test_the_short_side_is_resized_and_the_centre_kept() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (16, 48, 3), dtype=np.uint8)
-    whole = Image.fromarray(pixels).resize((24, 8), Image.Resampling.BILINEAR)
-    expected = torch.from_numpy(np.array(whole.crop((8, 0, 16, 8)))).permute(2, 0, 1)
-    assert torch.equal(decoded(pixels), expected)
+    square = Image.fromarray(pixels).crop((16, 0, 32, 16)).resize((8, 8), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    assert (decoded(pixels).int() - expected.int()).abs().max() <= 1  # PIL's filter, by torch
+
+
+@pytest.mark.parametrize("size", [5, 12, 15, 40])
+def test_torchs_filter_is_pils(size) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    expected = np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+    assert (decoded(pixels, size).int() - torch.from_numpy(expected).permute(2, 0, 1).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [96, 160, 224])
+def test_what_a_jpeg_leaves_out_while_decoding_is_not_missed(size) -> None:
+    """A photograph decoded at half its size and resized, against the same decoded in full."""
+    photograph = load_sample_image("china.jpg")
+    jpeg = encode(Image.fromarray(photograph), "JPEG", quality=90)
+    quick, slow = decoded(jpeg, size).float(), decoded(np.array(Image.open(io.BytesIO(jpeg))), size).float()
+    noise = (quick - slow).abs().mean()
+    assert noise < 6
+    assert torch.nn.functional.cosine_similarity(quick.flatten() - quick.mean(), slow.flatten() - slow.mean(), 0) > 0.98
 
 
 def test_shrinking_averages() -> None:
