@@ -1,4 +1,4 @@
-"""The documentation is true: examples in docstrings give what they say; the site builds, and asks nobody for anything."""
+"""The documentation is true: docstrings' examples give what they say; the site builds, and asks nobody for anything."""
 
 from __future__ import annotations
 
