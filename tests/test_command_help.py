@@ -199,6 +199,19 @@ def test_ablate_keeps_the_level_from_its_cells():
     assert cpc.ablate.arguments(["verbosity=quiet", "steps=2"]) == ["verbosity=quiet", "overrides=['steps=2']"]
 
 
+# ---- lists without brackets ----
+
+
+@pytest.mark.parametrize(("given", "read"), [
+    (["runs=a/b", "labels=20,40", "out=c"], ["runs=[a/b]", "labels=[20,40]", "out=c"]),
+    (["runs=[a,b]", "scratch=[]", "random=null"], ["runs=[a,b]", "scratch=[]", "random=null"]),
+    (["-m", "shard=0,1", "labels=20,40", "runs=a"], ["-m", "shard=0,1", "labels=20,40", "runs=[a]"]),
+    (["--cfg", "job", "protocols="], ["--cfg", "job", "protocols="]),
+])  # fmt: skip
+def test_a_sweeps_lists_need_no_brackets(given, read):
+    assert cpc.sweep_labels.arguments(given) == read
+
+
 # ---- what was probably meant ----
 
 
