@@ -20,8 +20,8 @@ SHORTER = {
     "steps=10000": "steps=2 batch_size=4 probe_every=0 threads=1",
     "steps=200": "steps=2 probe_every=0 threads=1",
     "steps=40": "steps=2 probe_every=0 threads=1",
-    "labels=20,40,100": "labels=20,40 steps.finetune.least=2 steps.classifier.least=2 threads=1",
-    "scratch=logistic,cnn seeds=3": "scratch=logistic,cnn seeds=1 settings.scratch=[{lr:2e-3,weight_decay:0.05}]",
+    "labels=20,40,100": "labels=20,40 threads=1",
+    "seeds=3": "seeds=1",
     " batch_size=32": " batch_size=8",
     "modes=[patches]": "modes=[patches] threads=1",
 }
