@@ -215,20 +215,26 @@ def test_a_sweeps_lists_need_no_brackets(given, read):
 # ---- what was probably meant ----
 
 
-@pytest.mark.parametrize(("main", "given", "meant"), [
-    (cpc.pretrain.main_of_any_method, "method=simclrr", "did you mean 'simclr'?"),
+OTHER_NAMES = [
     (cpc.pretrain.main, "encoder=resnet51", "did you mean 'resnet50'?"),
     (cpc.pretrain.main, "data=image_folder", "did you mean 'imagefolder'?"),
-    (cpc.pretrain.main, "experiment=imagenet_cpcv2", "did you mean 'imagenet_cpc_v2'?"),
     (cpc.pretrain.main, "loss=infonce", "did you mean 'info_nce'?"),
     (cpc.ablate.main, "ablation=temperatur", "did you mean 'temperature'?"),
     (cpc.evaluate.main, "data=cifar", "did you mean 'cifar10'?"),
-    (cpc.finetune.main, "label=3", "did you mean 'labels'?"),
     (cpc.distill.main, "techer=x", "did you mean 'teacher'?"),
     (cpc.sweep_labels.main, "protocol=[knn]", "did you mean 'protocols'?"),
     (cpc.simclr_v2.main, "fractoin=0.1", "did you mean 'fraction'?"),
     (cpc.demo.main, "stepz=3", "did you mean 'steps'?"),
-])  # fmt: skip
+]  # fmt: skip
+MEANT = [
+    (cpc.pretrain.main_of_any_method, "method=simclrr", "did you mean 'simclr'?"),
+    (cpc.pretrain.main, "experiment=imagenet_cpcv2", "did you mean 'imagenet_cpc_v2'?"),
+    (cpc.finetune.main, "label=3", "did you mean 'labels'?"),
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in OTHER_NAMES),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("main", "given", "meant"), MEANT)
 def test_did_you_mean(main, given, meant, call_tool, capsys):
     with pytest.raises(SystemExit) as ended:
         call_tool(main, given)
