@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo label-curve test test-slow lint types format
+.PHONY: demo label-curve test test-slow lint types format docs
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -33,11 +33,15 @@ format: $(READY)
 	$(PY) -m ruff check -q --fix
 	$(PY) -m ruff format -q
 
+# Pages and an API reference, without a network: build/docs/index.html.
+docs: $(READY)
+	$(PY) docs/build.py
+
 # The stamp is written last, so an interrupted set-up is taken up again by the next make.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is not one. Try: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Setting up .venv: minutes the first time, most of them torch's download." >&2
 	@$(PYTHON) -m venv .venv
-	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[demo,vit,test,dev,bench]"
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[demo,vit,test,dev,bench,docs]"
 	@touch $@

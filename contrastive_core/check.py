@@ -205,9 +205,22 @@ def check_here(processes: int, dtype: str) -> list[Row]:
         return [Row(*row) for row in json.loads(Path(folder, "rows.json").read_text())]
 
 
+EPILOG = """examples:
+  python -m contrastive_core.check --processes 4                 on this machine
+  python -m contrastive_core.check --processes 2 --dtype float64
+  torchrun --nproc-per-node 8 -m contrastive_core.check          under your launcher
+
+exit codes: 0 every error is within the tolerance, 1 not, 2 a mistake"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 0 where every error is within the tolerance, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m contrastive_core.check", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m contrastive_core.check",
+        description=__doc__.split("\n")[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--processes", type=int, default=2, help="how many to start here; ignored under a launcher")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
     options = parser.parse_args(arguments)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from contrastive_core.checkpoint import replacing
+
+logger = logging.getLogger(__name__)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -27,7 +31,8 @@ class RunLog:
     Args:
         run_dir: the run's folder. start, steps: optimizer steps done, and in all.
 
-    Use it as a context manager on the main process.
+    Use it as a context manager on the main process. Where this module's logger is set to warnings alone, there is no
+    progress bar.
     """
 
     def __init__(self, run_dir: Path, *, start: int, steps: int) -> None:
@@ -39,7 +44,9 @@ class RunLog:
             rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = file.open("a")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self._quiet = logger.level >= logging.WARNING
+        options = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0, "disable": self._quiet}
+        self._bar = tqdm(total=steps, initial=start, **options)
 
     def __enter__(self) -> RunLog:
         return self
@@ -66,6 +73,7 @@ class RunLog:
                 f"loss {row['loss']:.3f}{chance}, {row.get('images_per_second', float('nan')):.0f} images/s"
             )
 
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        self._bar.write(text)
+    def say(self, text: str, *, warning: bool = False) -> None:
+        """Print a line above the progress bar; where there is none, warnings alone, on stderr."""
+        if warning or not self._quiet:
+            self._bar.write(text, file=sys.stderr if self._quiet else sys.stdout)

@@ -448,7 +448,7 @@ def time_left(done: Sequence[tuple[int, float]], left: Sequence[int]) -> str:
     return f"{len(left)} {'cell' if len(left) == 1 else 'cells'} left, about {about}"
 
 
-OWN_KEYS = ("ablation", "out", "evaluate_on", "overrides", "hydra")
+OWN_KEYS = ("ablation", "out", "evaluate_on", "overrides", "hydra", "verbosity")
 
 
 def arguments(given: Sequence[str]) -> list[str]:

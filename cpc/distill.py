@@ -128,9 +128,9 @@ def distill(cfg: DictConfig) -> Path:
     return run_dir
 
 
-def _from_the_command_line(cfg: DictConfig) -> None:
+def _from_the_command_line(cfg: DictConfig) -> Path:
     refuse_what_a_run_decides(None if OmegaConf.is_missing(cfg, "teacher") else cfg.teacher)
-    distill(cfg)
+    return distill(cfg)
 
 
 main = command("distill", _from_the_command_line, schema=DistillSchema)

@@ -6,11 +6,12 @@ Hydra stays here and in the entry points; everything below takes tensors, number
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -28,8 +29,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from contrastive_core.data import TooManyBadImages, UndecodableImage
 from contrastive_core.optim import linear_scaling, square_root_scaling
+from cpc.command_help import help_text
 from cpc.configs import config_folder
 from cpc.prediction import first_disjoint_offset
+from cpc.verbosity import is_main_process, speaking, take_verbosity, versions
 
 # what a user can mend: told in one line, without a traceback
 USER_ERRORS = (
@@ -77,45 +80,72 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
         schema: a dataclass with the types of the top-level keys.
 
     A mistake of the user, in the configuration or in what it names, ends in one line on stderr and exit code 2; with
-    HYDRA_FULL_ERROR=1, hydra's own switch, in the whole traceback.
+    HYDRA_FULL_ERROR=1, hydra's own switch, in the whole traceback. `--help` is ours (`cpc.command_help`), and
+    `verbosity=` is read here (`cpc.verbosity`); with verbosity=quiet what `job` returns is all that is printed.
     """
     for name, resolver in RESOLVERS.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
     ConfigStore.instance().store(f"{config_name.split('_')[0]}_schema", schema)
 
-    composed = False
+    composed, level = False, "normal"
 
     def run(cfg: DictConfig) -> None:
         nonlocal composed
         composed = True
         try:
-            job(cfg)
+            if level == "verbose" and is_main_process():
+                print(f"{versions()}\n\n{OmegaConf.to_yaml(cfg)}", flush=True)
+            with speaking(level):
+                result = job(cfg)
+            if level == "quiet" and is_main_process() and result is not None:
+                print(result)
         except (*USER_ERRORS, HydraException) as error:
             if wants_traceback():
                 raise
-            sys.exit(_one_line(error))
+            sys.exit(told(error))
         except (MemoryError, RuntimeError) as error:
-            told = way_out(error)
-            if wants_traceback() or not told:
+            remedy = way_out(error)
+            if wants_traceback() or not remedy:
                 raise
             first = str(error).partition("\n")[0] or type(error).__name__
-            sys.exit(_one_line(RuntimeError(f"{told} ({first[:200]})")))
+            sys.exit(told(RuntimeError(f"{remedy} ({first[:200]})")))
 
     entry = hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(run)
 
     def main() -> None:
-        nonlocal composed
+        nonlocal composed, level
         composed = False
-        with _hydra_raises():
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(help_text(Path(config_folder()), config_name, own_folders(sys.argv[1:])), end="")
+            return
+        with _hydra_raises(), _arguments_as_they_were():
             try:
+                level, sys.argv[1:] = take_verbosity(sys.argv[1:])
                 entry()
             except Exception as error:
                 # whatever hydra raises before the job begins is about the command line: its parser asserts, too
                 if composed or wants_traceback():
                     raise
-                sys.exit(_one_line(error))
+                sys.exit(told(error))
 
     return main
+
+
+def own_folders(arguments: Sequence[str]) -> list[Path]:
+    """The folders that `--config-dir` names. Example: `own_folders(["--config-dir=a", "-cd", "b"])` names a and b."""
+    following = [after for before, after in itertools.pairwise(arguments) if before in ("--config-dir", "-cd")]
+    joined = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
+    return [Path(folder) for folder in (*joined, *following)]
+
+
+@contextmanager
+def _arguments_as_they_were() -> Iterator[None]:
+    """What is taken out of the command line within is there again afterwards."""
+    before = sys.argv[:]
+    try:
+        yield
+    finally:
+        sys.argv[:] = before
 
 
 @contextmanager
@@ -167,7 +197,8 @@ def config_search() -> AbstractContextManager[Any]:
     return hydra.initialize_config_dir(config_folder(), version_base="1.3")
 
 
-def _one_line(error: BaseException) -> int:
+def told(error: BaseException) -> int:
+    """Print a mistake in one line on stderr; returns the exit code, 2."""
     text = " ".join(str(error).split())
     if isinstance(error, HydraException):
         text = _in_one_line(text, error.__cause__)
@@ -183,6 +214,9 @@ def _in_one_line(text: str, cause: BaseException | None) -> str:
         adding = f"; +{unknown[1]}=VALUE adds an argument to what is built there" if "." in unknown[1] else ""
         return f"{unknown[0]}: there is no such key" + (f"; did you mean {meant[0]!r}?" if meant else "") + adding
     text = text.partition(" Config search path:")[0]
+    if choice := re.search(r"Could not find '[\w/]*?(\w+)' Available options in '[\w/]+': (.*)$", text):
+        close = difflib.get_close_matches(choice[1], choice[2].split(), n=1)
+        text += f"; did you mean {close[0]!r}?" if close else ""
     reason = "" if cause is None else str(cause).partition("\n")[0].strip()
     return text if reason in text else f"{text}: {reason}"
 

@@ -302,9 +302,9 @@ def refuse_what_a_run_decides(run: str | None) -> None:
         raise ValueError(f"{', '.join(taken)}: images are fed as to {run}, leave it out")
 
 
-def _from_the_command_line(cfg: DictConfig) -> None:
+def _from_the_command_line(cfg: DictConfig) -> Path:
     refuse_what_a_run_decides(None if OmegaConf.is_missing(cfg, "run") else cfg.run)
-    finetune(cfg)
+    return finetune(cfg)
 
 
 main = command("finetune", _from_the_command_line, schema=FinetuneSchema)

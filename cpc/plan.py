@@ -39,7 +39,7 @@ from contrastive_core.method import Batch, Method
 from contrastive_core.optim import parameter_groups
 from contrastive_core.randomness import Randomness
 from contrastive_core.sharding import blocks_of
-from cpc.entry import USER_ERRORS, build, check_complete, config_search
+from cpc.entry import USER_ERRORS, build, check_complete, config_search, told
 from cpc.run import recompute_
 
 GIB = 2**30
@@ -206,10 +206,20 @@ def described(cfg: DictConfig, needed: Need, machine: Machine) -> list[tuple[str
     return plan
 
 
+EPILOG = """Everything else is the recipe, as tools/pretrain.py takes it (its --help tells the keys).
+
+examples:
+  python tools/plan.py experiment=imagenet_cpc_v2 data.root=DIR --devices 8 --images-per-second 199.6
+  python tools/plan.py experiment=imagenet_cpc_v2 accumulate=4 data.root=DIR --devices 2 --images-per-second 150
+  python tools/plan.py method=simclr --images-per-second 2000 --price 2.5
+
+exit codes: 0 done, 2 a mistake"""
+
+
 def main() -> None:
     """Read the command line, print the plan; a mistake is one line and exit code 2."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog="Everything else is the recipe, as tools/pretrain.py takes it."
+        description=__doc__.split("\n")[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE")
     parser.add_argument("--devices", type=int, default=1)
@@ -227,8 +237,7 @@ def main() -> None:
         machine = Machine(asked.devices, asked.memory, asked.link, asked.images_per_second, asked.price)
         lines = described(cfg, need(cfg), machine)
     except (*USER_ERRORS, hydra.errors.HydraException) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(told(error))
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:{width}}  {value}" for name, value in lines))
 

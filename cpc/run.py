@@ -348,7 +348,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
                 if log is not None:
                     log.write(row)
                     if alarm.rings(row) or (last and alarm.line):
-                        log.say(f"step {result.step}: {alarm.line}")
+                        log.say(f"step {result.step}: {alarm.line}", warning=True)
             if log is not None:
                 log.advance()
             with throughput.paused():
@@ -363,7 +363,8 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
             if asked:
                 if log is not None:
                     name = signal.Signals(asked).name
-                    log.say(f"{name}: saved after step {result.step} of {cfg.steps}, go on with resume=auto")
+                    saved = f"saved after step {result.step} of {cfg.steps}"
+                    log.say(f"{name}: {saved}, go on with resume=auto", warning=True)
                 accelerator.wait_for_everyone()  # a launcher ends all processes with the first
                 raise Stopped(asked)
 

@@ -119,9 +119,22 @@ def show_patches(
     save_figure(figure, out)
 
 
+EPILOG = """examples:
+  python tools/show_patches.py                                            a bundled photograph, as the paper cuts it
+  python tools/show_patches.py --image photo.jpg --out mine.png           your own
+  python tools/show_patches.py --image-size 64 --size 16 --stride 8       as the recipe for small photographs cuts it
+
+exit codes: 0 done, 2 a mistake"""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; a fault in what it is given is one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="show_patches", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="show_patches",
+        description=__doc__.partition("\n")[0] if __doc__ else None,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--image", type=Path, metavar="FILE", help="picture to cut (default: one that scikit-learn bundles)"
     )

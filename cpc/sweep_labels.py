@@ -439,7 +439,33 @@ def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
     }
 
 
-main = command("sweep_labels", sweep, schema=SweepSchema)
+LISTS = ("runs", "fractions", "labels", "labels_per_class", "protocols", "random", "scratch")
+
+
+def arguments(given: Sequence[str]) -> list[str]:
+    """Command-line arguments in which lists have their brackets, which a shell may read itself.
+
+    Example: `arguments(["runs=a", "labels=20,40", "out=b"])` is `["runs=[a]", "labels=[20,40]", "out=b"]`. With
+    --multirun a comma means one run for each, as everywhere.
+    """
+    multirun = bool({"-m", "--multirun"} & set(given))
+
+    def bracketed(argument: str) -> str:
+        key, _, value = argument.partition("=")
+        bare = key in LISTS and bool(value) and not value.startswith(("[", "$")) and value != "null"
+        return f"{key}=[{value}]" if bare and not (multirun and "," in value) else argument
+
+    return [bracketed(argument) for argument in given]
+
+
+_command = command("sweep_labels", sweep, schema=SweepSchema)
+
+
+def main() -> None:
+    """The command."""
+    sys.argv[1:] = arguments(sys.argv[1:])
+    _command()
+
 
 if __name__ == "__main__":
     main()
