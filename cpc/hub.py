@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import nn
@@ -66,6 +67,7 @@ class PretrainedEncoder(FrozenEncoder, ModelHubMixin):
         published = {name: value for name, value in card.items() if name not in ("head", "classifier")}
         published["about"] = about_run(path)
         context = load_contexts(path) if card.get("context") else None
+        encoder.to(memory_format=torch.channels_last)  # as cpc.load_encoder: the same last bits
         return cls(encoder, published, context=context, mode=mode, readout=readout)
 
     @classmethod
