@@ -149,6 +149,8 @@ def known_architecture(architecture: dict[str, Any]) -> tuple[str, dict[str, Any
         )
     arguments = {key: value for key, value in architecture["arguments"].items() if key not in _FIRST_WEIGHTS}
     check_plain(arguments, "encoder.json")
+    if ":" in str(arguments.get("name", "")):  # to timm "hf-hub:USER/NAME" and "local-dir:PATH" are places to read from
+        raise ValueError(f"encoder.json names the trunk {arguments['name']!r}: pass one of its library's own names")
     largest = max((abs(number) for number in _numbers(arguments.values())), default=0)
     if largest > LARGEST_ARGUMENT:
         raise ValueError(f"encoder.json says {largest:g} where no encoder has more than {LARGEST_ARGUMENT}")

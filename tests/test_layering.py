@@ -20,6 +20,7 @@ ENTRY_POINTS = {
     "cpc/distill.py",
     "cpc/entry.py",
     "cpc/evaluate.py",
+    "cpc/export.py",
     "cpc/finetune.py",
     "cpc/plan.py",
     "cpc/pretrain.py",

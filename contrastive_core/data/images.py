@@ -63,7 +63,7 @@ class Sample(NamedTuple):
     fault: str = ""
 
 
-def decode_square(encoded: Encoded, size: int) -> np.ndarray:
+def decode_square(encoded: Encoded | Image.Image, size: int) -> np.ndarray:
     """Decode one image to `size size 3` uint8: short side resized to `size`, the centre square kept.
 
     Grey becomes three equal channels; transparency is laid over white; 16-bit grey keeps its upper 8 bits; of an
@@ -76,6 +76,8 @@ def decode_square(encoded: Encoded, size: int) -> np.ndarray:
     """
     if isinstance(encoded, np.ndarray):
         image = _image_of_array(encoded)
+    elif isinstance(encoded, Image.Image):
+        image = ImageOps.exif_transpose(encoded)
     else:
         image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
         # a JPEG decodes at 1/2, 1/4 or 1/8 of its size, several times as fast; half as large again as what is needed
