@@ -298,6 +298,7 @@ def test_a_mistake_is_one_line(given, said, cpc_run, tmp_path, call_tool, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_code_of_docs_export_runs(resnet18_run, cpc_run, tmp_path):
     """Every block of the page, in one process, beside the runs and exports that its commands make."""
     text = (CHECKOUT / "docs" / "export.md").read_text()
