@@ -24,6 +24,7 @@ ENTRY_POINTS = {
     "cpc/finetune.py",
     "cpc/plan.py",
     "cpc/pretrain.py",
+    "cpc/report.py",
     "cpc/run.py",
     "cpc/simclr_v2.py",
     "cpc/sweep_labels.py",

@@ -1,0 +1,144 @@
+"""The pictures of a report, drawn from a finished run's export and its data: neighbours, and what CPC predicts."""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from contrastive_core.checkpoint import latest_checkpoint
+from contrastive_core.data import ImageDataset, Splits, evaluation_batches
+from contrastive_core.plots import BLUE, INK, new_figure, plot_retrieval, save_figure
+from cpc.context import turn
+from cpc.features import load_contexts, load_encoder, read_card
+from cpc.patches import extract_patches
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+QUERIES, BANK, NEIGHBOURS = 8, 1000, 7
+"""Images asked about, images looked through, and images shown for each."""
+
+
+def as_data(draw: Callable[[Path], object]) -> str:
+    """The PNG that `draw(path)` writes, as a data URI."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "picture.png"
+        draw(file)
+        return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def some(dataset: ImageDataset, count: int) -> Tensor:
+    """Images `n 3 h w` uint8, the first so many that decode."""
+    found: list[Tensor] = []
+    for batch in evaluation_batches(dataset, batch_size=min(count, 250)):
+        found.append(batch.images)
+        if sum(map(len, found)) >= count:
+            break
+    return torch.cat(found)[:count]
+
+
+def encoded(encoder: Callable[[Tensor], Tensor], images: Tensor, at_once: int) -> Tensor:
+    """Of uint8 images, some at a time."""
+    with torch.inference_mode():
+        return torch.cat([encoder(part.float() / 255) for part in images.split(at_once)])
+
+
+def neighbours(run: Path, splits: Splits, file: Path) -> None:
+    """Held-out images, where there are any, and the training images nearest to them by the mean of their latents."""
+    encoder = load_encoder(run)
+    bank = some(splits.train, BANK)
+    queries = some(splits.train if splits.test is None else splits.test, QUERIES)
+    features = [encoded(encoder, images, encoder.batch_size) for images in (queries, bank)]
+    centred = [F.normalize(part - features[1].mean(0)) for part in features]
+    nearest = (centred[0] @ centred[1].T).topk(NEIGHBOURS + 1).indices
+    nearest = nearest[:, 1:] if splits.test is None else nearest[:, :-1]  # not the image itself
+    plot_retrieval(queries, bank[nearest], file)
+
+
+def projections(run: Path, direction: str, offset: int) -> dict[str, Tensor]:
+    """The weights by which CPC predicts and is compared, of the last whole checkpoint.
+
+    Raises FileNotFoundError where there is none, KeyError for a direction or offset that the run has not.
+    """
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        raise FileNotFoundError(f"no checkpoint in {run}, which holds the prediction heads")
+    averaged = checkpoint / "averaged.safetensors"
+    kept = load_file(averaged if averaged.is_file() else checkpoint / "method.safetensors")
+    head = f"heads.{direction}.heads.{offset}"
+    return {"head": kept[f"{head}.weight"], "bias": kept[f"{head}.bias"], "target": kept["target_projection.weight"]}
+
+
+def predicted_scores(run: Path, images: Tensor, direction: str, offset: int) -> tuple[Tensor, tuple[int, int]]:
+    """For each image the scores of all patches of all images, `n n rows cols`, and the context's cell on the grid.
+
+    The context stands as far behind as the offset wants and in the middle across; the grid is the image's own.
+    """
+    encoder = load_encoder(run, readout="grid")
+    weights = projections(run, direction, offset)
+    latents = encoded(encoder, images, encoder.batch_size)
+    rows, cols = latents.shape[1:3]
+    context = load_contexts(run).networks[load_contexts(run).context_of[direction]]
+    cell = ((rows - offset) // 2, cols // 2)
+    with torch.inference_mode():
+        seen = context(turn(latents, direction))[:, cell[0], cell[1]]
+        prediction = seen @ weights["head"].T + weights["bias"]
+        targets = rearrange(latents @ weights["target"].T, "n rows cols d -> (n rows cols) d")
+        scores = rearrange(prediction @ targets.T, "q (n rows cols) -> q n rows cols", rows=rows, cols=cols)
+    return scores, cell
+
+
+def predictions(run: Path, splits: Splits, file: Path, *, offset: int, count: int = 5) -> None:
+    """What CPC expects `offset` rows below a cell: the image, the score of each of its patches, the best of others'."""
+    images = some(splits.train if splits.test is None else splits.test, 40)
+    scores, (row, col) = predicted_scores(run, images, "down", offset)
+    given = read_card(run)[1]["input"]
+    whole = _fit(images, given["image_size"])
+    patches = extract_patches(whole, given["patch_size"], given["stride"]).flatten(0, 2)
+    shown = range(0, min(count * 7, len(images)), 7)
+    figure, grid = new_figure(len(shown), 2 + NEIGHBOURS, (0.95 * (2 + NEIGHBOURS), 1.02 * len(shown) + 0.3))
+    for line, image in enumerate(shown):
+        _framed(grid[line, 0], whole[image], given, (row, col), (row + offset, col))
+        grid[line, 1].imshow(scores[image, image].numpy(), cmap="viridis")
+        grid[line, 1].plot(col, row + offset, "s", markersize=9, markerfacecolor="none", color="white")
+        others = scores[image].clone()
+        others[image] = -torch.inf
+        best = others.flatten().topk(NEIGHBOURS).indices
+        for place, index in enumerate(best):
+            patch = patches[int(index)]
+            grid[line, 2 + place].imshow(patch.permute(1, 2, 0).numpy(), interpolation="nearest")
+        for axes in grid[line]:
+            axes.set_xticks([])
+            axes.set_yticks([])
+    for axes, title in zip(grid[0], ["image", "fit", "of other images, best first"], strict=False):
+        axes.set_title(title, fontsize=9, color=INK, loc="left").set_in_layout(False)
+    save_figure(figure, file)
+
+
+def _fit(images: Tensor, size: int) -> Tensor:
+    """The centre of images that are loaded larger than they are cut."""
+    from torchvision.transforms.v2 import functional as vision
+
+    fitted: Tensor = vision.center_crop(images, [size, size])
+    return fitted
+
+
+def _framed(
+    axes: Axes, image: Tensor, given: dict[str, int], context: tuple[int, int], target: tuple[int, int]
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    for (row, col), colour in ((context, BLUE), (target, "white")):
+        corner = (col * given["stride"] - 0.5, row * given["stride"] - 0.5)
+        size = given["patch_size"]
+        axes.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=colour, linewidth=1.8))
