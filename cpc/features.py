@@ -256,7 +256,8 @@ def _is_input(
         and colours
         and all(isinstance(number, int | float) and math.isfinite(number) for number in (*mean, *std))
         and 0 < patch_size <= image_size <= LARGEST_ARGUMENT
-        and 0 < stride <= image_size <= (load_size or image_size) <= LARGEST_ARGUMENT
+        and 0 < stride <= image_size
+        and 0 < (load_size or image_size) <= LARGEST_ARGUMENT
         and min(std) > 0
     )
 

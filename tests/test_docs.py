@@ -70,6 +70,7 @@ def _equal(value: Any, said: Any) -> bool:
 
 
 IN_WORDS = ("dim", "queue.keys()", "bank.rows(last)", "Both((Length(300, 10, 2000), Length(100, 5, 1000)), 1.0)")
+IN_WORDS += ("CPCFeatures(run).transform(np.zeros((2, 28, 28, 3), np.uint8)).shape == (2, d)",)
 """These go on with a sentence, or with what a reader has made before; tests of their own hold them."""
 
 
