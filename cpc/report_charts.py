@@ -39,7 +39,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """For a person. Example: `number(7.049254)` is 7.049, `number(0.000066)` 6.6e-05, `number(1500.0)` 1,500."""
+    """For a person. Example: `number(7.049254) == "7.049"`, `number(0.000066) == "6.6e-05"`."""
     if value == int(value) and abs(value) < 1e9:
         return f"{int(value):,}"
     return f"{value:.4g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
