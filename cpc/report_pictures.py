@@ -37,13 +37,9 @@ def as_data(draw: Callable[[Path], object]) -> str:
 
 
 def some(dataset: ImageDataset, count: int) -> Tensor:
-    """Images `n 3 h w` uint8, the first so many that decode."""
-    found: list[Tensor] = []
-    for batch in evaluation_batches(dataset, batch_size=min(count, 250)):
-        found.append(batch.images)
-        if sum(map(len, found)) >= count:
-            break
-    return torch.cat(found)[:count]
+    """Images `n 3 h w` uint8, at most so many, drawn from the whole: folders are sorted by class."""
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
+    return torch.cat([batch.images for batch in evaluation_batches(dataset.subset(drawn), batch_size=250)])
 
 
 def encoded(encoder: Callable[[Tensor], Tensor], images: Tensor, at_once: int) -> Tensor:
