@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from omegaconf import OmegaConf
 
 import cpc.pretrain  # noqa: F401  # registers what configs/pretrain.yaml is made of
@@ -295,7 +294,6 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, metavar="SWEEP", help="the folder of a label sweep, for its curve")
     parser.add_argument("--no-pictures", action="store_true", help="read neither data nor weights")
     asked = parser.parse_args()
-    torch.set_grad_enabled(False)
     try:
         out = asked.out or asked.runs[0] / "report.html"
         written = page(read_runs(asked.runs), asked.labels, with_pictures=not asked.no_pictures)
