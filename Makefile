@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo label-curve test test-slow lint types format docs
+.PHONY: bench demo label-curve test test-slow lint types format docs
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -14,6 +14,10 @@ demo: $(READY)
 # Hours; goes on where it stopped. The curve comes into runs/label-digits/sweep.
 label-curve: $(READY)
 	$(PY) benchmarks/label_efficiency.py digits
+
+# Ten minutes on two quiet cores; PHOTOS=FILE is a parquet file of photographs for the loader.
+bench: $(READY)
+	$(PY) benchmarks/speed.py $(if $(PHOTOS),--photos $(PHOTOS))
 
 # Two workers, a file of tests each: most tests use one core. More would want memory, 1.5 GiB each.
 test: $(READY)
