@@ -31,7 +31,7 @@ from cpc.foreign import run_config, run_data
 from cpc.report_charts import Line, line_chart, number, plain_table, share_table
 from cpc.report_pictures import as_data, neighbours, predictions
 from cpc.run_folder import MAY_CHANGE
-from cpc.runs_table import state_of
+from cpc.runs import state_of
 
 PAPERS = {
     "CPC": "imagenet_cpc_v2", "SimCLR": "imagenet_simclr", "SimCLRv2": "imagenet_simclr_v2", "MoCo": "imagenet_moco_v2",

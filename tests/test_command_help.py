@@ -18,6 +18,8 @@ import cpc.evaluate
 import cpc.finetune
 import cpc.plan
 import cpc.pretrain
+import cpc.report
+import cpc.runs
 import cpc.show_patches
 import cpc.simclr_v2
 import cpc.sweep_labels
@@ -39,6 +41,8 @@ HYDRA = {
 }
 ARGPARSE = {
     "plan": cpc.plan.main,
+    "report": cpc.report.main,
+    "runs": cpc.runs.main,
     "show_patches": cpc.show_patches.main,
     "check": contrastive_core.check.main,
     "doctor": doctor.main,

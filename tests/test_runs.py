@@ -10,7 +10,7 @@ import pytest
 
 from contrastive_core.run_log import read_metrics
 from cpc.pretrain import pretrain
-from cpc.runs_table import main, sorted_by, table_of
+from cpc.runs import main, sorted_by, table_of
 
 TINY = ["batch_size=8", "encoder.width=4", "steps=2", "threads=1", "probe_every=2", "probe_images=50", "log_every=1"]
 CPC = ["method.context.width=8", "method.context.layers=1"]
