@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from contrastive_core.randomness import Randomness
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -15,11 +17,13 @@ class Batch:
     views: augmented versions of the same images, each `b c h w` (CPC: one, a patch grid `b rows cols c ph pw`).
     indices: `b` int64, each image's place in its data set (a memory bank's row).
     labels: `b` int64, -1 = not labelled; only supervised methods look.
+    randomness: the step's numbers for these images, of methods that draw; None where nobody gave any.
     """
 
     views: tuple[Tensor, ...]
     indices: Tensor
     labels: Tensor
+    randomness: Randomness | None = None
 
 
 class Method(nn.Module):

@@ -14,12 +14,20 @@ from contrastive_core.transfer import to_device
 
 
 @torch.no_grad()
-def contrast_accuracy(queries: Tensor, keys: Tensor, positive: Tensor, *, limit: int = 128) -> Tensor:
+def contrast_accuracy(
+    queries: Tensor,
+    keys: Tensor,
+    positive: Tensor,
+    *,
+    limit: int = 128,
+    compared: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """How often a query scores its positive highest among all keys, in 0..1 (a tie with another key counts as a miss).
 
     Args:
         queries: `n d`. keys: `m d`. positive: `n` int64, index into keys.
-        limit: at most this many queries are looked at, spread evenly over the rows; all keys are candidates.
+        limit: at most this many queries are looked at, spread evenly over the rows.
+        compared: numbers of queries `r` -> the keys that each is compared with, bool `r m`; None = all.
 
     Example: with `queries = keys = torch.eye(4)` and `positive = torch.arange(4)` it is 1.
     """
@@ -29,6 +37,8 @@ def contrast_accuracy(queries: Tensor, keys: Tensor, positive: Tensor, *, limit:
     with torch.autocast(queries.device.type, enabled=False):  # in bf16 close scores tie
         scores = queries[chosen].float() @ keys.float().T
     own = scores.gather(1, positive[:, None]).squeeze(1)
+    if compared is not None:
+        scores.masked_fill_(~compared(chosen), -torch.inf)
     best_other = scores.scatter_(1, positive[:, None], -torch.inf).amax(1)
     return (own > best_other).float().mean()
 

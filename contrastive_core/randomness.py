@@ -38,6 +38,14 @@ def mix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def words(keys: Tensor, first: int, count: int) -> Tensor:
+    """Random words number `first` .. `first` + `count` - 1 of each key, on the keys' device: int64 `n` -> `n count`.
+
+    The keys are random words themselves, such as `Randomness.integers` gives.
+    """
+    return mix64(keys[:, None] + torch.arange(first + 1, first + count + 1, device=keys.device) * _GOLDEN)
+
+
 class Randomness:
     """The random numbers of one step, for the images at the given places of the global batch.
 
@@ -45,6 +53,8 @@ class Randomness:
         seed: the run's seed, any integer that fits 64 bits.
         step: the optimizer step, counted from 0.
         places: `b` int64, each image's place in the global batch (not in this process's share).
+
+    `places` can be read back, on the CPU.
 
     Each method takes the name of a stream and the shape wanted per image and returns `b *shape` on the CPU,
     where the host can read it without stalling a device. The same arguments always give the same numbers.
@@ -56,12 +66,12 @@ class Randomness:
     def __init__(self, seed: int, step: int, places: Tensor) -> None:
         key = mix64(torch.tensor(_as_int64(seed % (1 << 64))))
         key = mix64(key ^ (torch.tensor(step) + 1) * _GOLDEN)
-        self._keys = mix64(key ^ (places.to("cpu", torch.int64) + 1) * _GOLDEN)
+        self.places = places.to("cpu", torch.int64)
+        self._keys = mix64(key ^ (self.places + 1) * _GOLDEN)
 
     def _bits(self, stream: str, shape: tuple[int, ...]) -> Tensor:
         keys = mix64(self._keys ^ (zlib.crc32(stream.encode()) * 0x100000001 % (1 << 63)))
-        counters = torch.arange(1, math.prod(shape) + 1) * _GOLDEN
-        return mix64(keys[:, None] + counters).view(len(keys), *shape)
+        return words(keys, 0, math.prod(shape)).view(len(keys), *shape)
 
     def uniform(self, stream: str, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform in [low, high): float32 `b *shape`, 24 random bits each."""

@@ -51,7 +51,7 @@ def make_batch(loaded: LoadedBatch, views: nn.Module, randomness: Randomness, de
             made = views(to_device(loaded.images, device), randomness)
         else:
             made = tuple(to_device(view, device) for view in loaded.views)
-    return Batch(made, to_device(loaded.indices, device), to_device(loaded.labels, device))
+    return Batch(made, to_device(loaded.indices, device), to_device(loaded.labels, device), randomness)
 
 
 def accumulated_gradients(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -19,7 +20,19 @@ from contrastive_core.gather import all_gather, first_row, mean_weight, row_coun
 from contrastive_core.losses import info_nce
 from contrastive_core.method import Batch, Method
 from contrastive_core.metrics import contrast_accuracy, feature_std, spread_metrics
+from contrastive_core.transfer import to_device
 from cpc.context import DIRECTIONS, ContextNetwork, turn
+from cpc.negatives import (
+    Compared,
+    as_mask,
+    at_random,
+    check_choice,
+    check_masked,
+    count_negatives,
+    of_other_images,
+    of_the_same_image,
+    query_keys,
+)
 from cpc.prediction import PredictionHeads, check_offsets, positive_cells
 
 
@@ -35,10 +48,15 @@ class CPC(Method):
         context: `context(dim)` builds a network that reads downward, `b rows cols d -> b rows cols d`.
         share_context: one context network for all directions (the paper's are separate as far as known).
         gather: contrast with the patches of all processes; False = of this one alone, an n-th of the negatives.
-        loss: `loss(queries, keys, positive, gather=False) -> scalar`; temperature 10 is the paper's scale of 0.1.
+        negatives: what a prediction is compared with beside its target. "all" is the paper's: every position of every
+            image in the global batch, none is sampled, none is left out. "other_images" leaves out the other patches
+            of the same image, "same_image" takes no others, "random" draws for every prediction anew.
+        negatives_k: how many "random" draws, all different.
+        loss: `loss(queries, keys, positive, gather=False) -> scalar`; temperature 10 is the paper's scale of 0.1. With
+            other negatives than all it gets a `mask`, too (`contrastive_core.losses.info_nce`).
 
-    The view of a batch is a patch grid `b rows cols c ph pw`. Every position of every image in the global batch is a
-    candidate; none is sampled, none is left out.
+    The view of a batch is a patch grid `b rows cols c ph pw`. What is drawn at random is a function of the batch's
+    `randomness`: the same on any number of processes, and after a resume.
 
     Differs from the pseudo-code: losses are averaged over offsets and directions (there: summed), so that chance is
     log(candidates); the target projection has no bias, which adds the same to all logits of a row and so has no
@@ -55,16 +73,21 @@ class CPC(Method):
         context: Callable[[int], nn.Module] = ContextNetwork,
         share_context: bool = False,
         gather: bool = True,
+        negatives: str = "all",
+        negatives_k: int | None = None,
         loss: Callable[..., Tensor] = partial(info_nce, temperature=10.0),
     ) -> None:
         super().__init__()
         unknown = [direction for direction in directions if direction not in DIRECTIONS]
         if unknown or not directions or len(set(directions)) < len(directions):
             raise ValueError(f"directions={list(directions)}: pass one or more of {', '.join(DIRECTIONS)}, each once")
+        check_choice(negatives, negatives_k)
+        check_masked(loss, negatives)
         dim: int = encoder.dim  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
         self.encoder = encoder
         self.offsets, self.directions, self.loss = tuple(offsets), tuple(directions), loss
-        self.gather = gather
+        self.gather = gather and negatives != "same_image"  # of which every process holds its own
+        self.negatives, self.negatives_k = negatives, negatives_k
         self.context_of = {d: "shared" if share_context else d for d in directions}
         self.contexts = nn.ModuleDict({name: context(dim) for name in dict.fromkeys(self.context_of.values())})
         self.heads = nn.ModuleDict({d: PredictionHeads(dim, target_dim, offsets) for d in directions})
@@ -78,11 +101,20 @@ class CPC(Method):
         features = self.encoder(rearrange(patches, "b rows cols c ph pw -> (b rows cols) c ph pw"))
         latents = rearrange(features, "(b rows cols) d -> b rows cols d", rows=rows, cols=cols)
         representations = {"targets": self.target_projection(latents), "mean": latents.detach().mean((1, 2))}
+        if self.negatives == "random":
+            representations |= self._keys(batch, patches.device)
         for direction in self.directions:
             context = self.contexts[self.context_of[direction]](turn(latents, direction))
             for offset in self.offsets:
                 representations[f"{direction}_{offset}"] = self.heads[direction](context, offset)
         return representations
+
+    def _keys(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """Where each image stands in the global batch, and a random number of it: what "random" draws by."""
+        if batch.randomness is None:
+            raise ValueError("negatives=random draws by the step: pass Batch(..., Randomness(seed, step, places))")
+        keys = batch.randomness.integers("negatives", 1 << 62)
+        return {"places": to_device(batch.randomness.places, device), "keys": to_device(keys, device)}
 
     def contrast(self, representations: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its metrics: the paper's pseudo-code."""
@@ -92,21 +124,47 @@ class CPC(Method):
         if min(counts) == 0:  # on all processes alike
             raise ValueError(f"processes hold {counts} patches: give every process at least one image")
         targets, first = (all_gather(local, counts), first_row(counts)) if self.gather else (local, 0)
+        held = sum(counts) if self.gather else min(counts)  # the same on all processes, which raise alike
+        number_of_negatives = count_negatives(self.negatives, self.negatives_k, held // (rows * cols), rows * cols)
+        compared_by = self._choice(representations, len(targets))
         losses, metrics = [], {}
         for direction in self.directions:
             for offset in self.offsets:
                 predictions = rearrange(representations[f"{direction}_{offset}"], "b rows cols d -> (b rows cols) d")
                 positive = positive_cells(b, rows, cols, offset, direction, local.device) + first
-                losses.append(self.loss(predictions, targets, positive, gather=False))
-                metrics[f"accuracy/{direction}_{offset}"] = contrast_accuracy(predictions, targets, positive)
+                compared = compared_by(positive, f"{direction}_{offset}")
+                options = {} if compared is None else {"mask": as_mask(compared, local.device)}
+                losses.append(self.loss(predictions, targets, positive, gather=False, **options))
+                accuracy = contrast_accuracy(predictions, targets, positive, compared=compared)
+                metrics[f"accuracy/{direction}_{offset}"] = accuracy
         metrics["accuracy"] = torch.stack(list(metrics.values())).mean()
-        metrics["chance_loss"] = self._chance_loss(predictions, targets, positive)
+        metrics["chance_loss"] = self._chance_loss(predictions, targets, positive, **options)
         metrics |= spread_metrics(local)
         metrics["feature_std"] = feature_std(representations["mean"])
-        metrics["negatives"], metrics["ranks"] = torch.tensor(len(targets) - 1.0), torch.tensor(float(len(counts)))
+        metrics["negatives"] = torch.tensor(float(number_of_negatives))
+        metrics["ranks"] = torch.tensor(float(len(counts)))
         return torch.stack(losses).mean() * mean_weight(counts), metrics
 
+    def _choice(self, representations: dict[str, Tensor], m: int) -> Callable[[Tensor, str], Compared | None]:
+        """By the positives of a direction and an offset, and its name: the candidates of each prediction; None = all.
+
+        m: targets.
+        """
+        _, rows, cols, _ = representations["targets"].shape
+        cells = rows * cols
+        if self.negatives == "other_images":
+            return lambda positive, _: of_other_images(positive, cells, m)
+        if self.negatives == "same_image":
+            return lambda positive, _: of_the_same_image(positive, cells, m)
+        if self.negatives == "random":
+            keys, places, count = representations["keys"], representations["places"], self.negatives_k or 0
+            # images by their place in the global batch: micro-batches that are joined stand in another order
+            image = (all_gather(places) if self.gather else places).argsort().argsort()
+            number = (image[:, None] * cells + torch.arange(cells, device=image.device)).flatten()
+            return lambda positive, what: at_random(positive, query_keys(keys, len(positive), what), count, number)
+        return lambda positive, _: None
+
     @torch.no_grad()
-    def _chance_loss(self, predictions: Tensor, targets: Tensor, positive: Tensor) -> Tensor:
+    def _chance_loss(self, predictions: Tensor, targets: Tensor, positive: Tensor, **options: Any) -> Tensor:
         """The loss where every score is 0: log(candidates), or what it is for another loss."""
-        return self.loss(torch.zeros_like(predictions), torch.zeros_like(targets), positive, gather=False)
+        return self.loss(torch.zeros_like(predictions), torch.zeros_like(targets), positive, gather=False, **options)

@@ -99,7 +99,9 @@ def shapes_of_views(cfg: DictConfig) -> list[torch.Size]:
 def forward(method: Method, shapes: list[torch.Size], images: int) -> tuple[float, int, int]:
     """Operations of a forward pass, bytes kept for the backward pass but the weights, and bytes of gathered rows."""
     every = torch.arange(images)
-    batch = Batch(tuple(torch.rand(images, *shape) for shape in shapes), every, every)
+    with torch.device("cpu"):  # where numbers are drawn
+        randomness = Randomness(0, 0, torch.arange(images))
+    batch = Batch(tuple(torch.rand(images, *shape) for shape in shapes), every, every, randomness)
     weights = {id(parameter.untyped_storage()) for parameter in method.parameters()}
     kept: dict[int, Any] = {}
 

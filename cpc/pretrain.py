@@ -19,6 +19,7 @@ from contrastive_core.method import Method
 from contrastive_core.randomness import Randomness
 from cpc.entry import build, command
 from cpc.method import CPC
+from cpc.negatives import count_negatives
 from cpc.prediction import check_offsets
 from cpc.run import Pieces, plain, train_run
 from cpc.views import PatchViews
@@ -110,14 +111,16 @@ def build_method(cfg: DictConfig, dataset: ImageDataset | None = None) -> tuple[
     return method, views
 
 
-def check_batch(cfg: DictConfig, method: Method) -> None:
-    """Raise ValueError for a batch in which no image has a negative."""
+def check_batch(cfg: DictConfig, method: Method, views: nn.Module) -> None:
+    """Raise ValueError for a batch in which no image has a negative, or no patch as many as it is to have."""
     contrasted = cfg.batch_size if cfg.grad_cache else cfg.batch_size // cfg.accumulate
     if contrasted < method.least_images:
         raise ValueError(
             f"batch_size={cfg.batch_size} accumulate={cfg.accumulate}: {type(method).__name__} contrasts {contrasted} "
             f"image at a time, which has no negative: pass a batch_size of at least {2 * cfg.accumulate}"
         )
+    if isinstance(method, CPC) and isinstance(views, PatchViews):
+        count_negatives(method.negatives, method.negatives_k, contrasted, views.grid**2)
 
 
 def pretrain(cfg: DictConfig) -> Path:
@@ -125,7 +128,7 @@ def pretrain(cfg: DictConfig) -> Path:
 
     def pieces() -> Pieces:
         method, views = build_method(cfg)
-        check_batch(cfg, method)
+        check_batch(cfg, method, views)
         dataset: ImageDataset = build(cfg.data).train
         if {"images", "classes"} & set(cfg.method):
             torch.manual_seed(cfg.seed)
