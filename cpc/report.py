@@ -32,6 +32,7 @@ from cpc.report_charts import Line, line_chart, number, plain_table, share_table
 from cpc.report_pictures import as_data, neighbours, predictions
 from cpc.run_folder import MAY_CHANGE
 from cpc.runs import state_of
+from cpc.shortcuts import NUMBERS, read_findings
 
 PAPERS = {
     "CPC": "imagenet_cpc_v2", "SimCLR": "imagenet_simclr", "SimCLRv2": "imagenet_simclr_v2", "MoCo": "imagenet_moco_v2",
@@ -144,6 +145,26 @@ def by_direction(run: Run) -> str:
     return share_table(title, found, "direction")
 
 
+def cheating(run: Run) -> Iterator[str]:
+    """What tools/shortcuts.py found of a run, where it was asked: a line a short-cut, and what it was read off."""
+    try:
+        findings = read_findings(run.folder)
+    except (ValueError, OSError) as error:
+        yield f"<p class=note>{escape(run.name)}: {escape(' '.join(str(error).split()))}</p>"
+        return
+    if not findings:
+        return
+    lines = [[run.name, each.shortcut, *each.verdict.split(": ", 1)] for each in findings]
+    yield plain_table(["run", "short-cut", "taken", ""], lines, [each.found is True for each in findings])
+    rows = [
+        [each.shortcut, row["case"], *("" if row.get(key) is None else f"{row[key]:.3f}" for key in NUMBERS)]
+        for each in findings
+        for row in each.rows
+    ]
+    head = ["short-cut", "case", "loss", "chance", "accuracy", "chance", "image's mean alone"]
+    yield f"<details><summary>{escape(run.name)}: the numbers</summary>{plain_table(head, rows)}</details>"
+
+
 def pictures(run: Run) -> Iterator[str]:
     """What a finished run's encoder knows of images, or why it is not shown."""
     if not run.card:
@@ -253,6 +274,8 @@ def page(runs: Sequence[Run], sweep: Path | None, *, with_pictures: bool = True)
     parts = [f"<h1>{escape(', '.join(run.name for run in runs))}</h1>", *summary(runs)]
     parts += ["<h2>The course of training</h2>", f"<div class=charts>{charts}</div>"]
     parts += ["<h2>What is predicted</h2>", f"<div class=charts>{tables}</div>"] if tables else []
+    cheats = [part for run in runs for part in cheating(run)]
+    parts += ["<h2>Is it cheating?</h2>", *cheats] if cheats else []
     if with_pictures:
         parts += [
             "<h2>What the encoder knows</h2>",

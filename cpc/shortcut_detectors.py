@@ -32,7 +32,7 @@ MARGIN = 0.02
 """Of accuracies: less is luck. 128 predictions a batch, direction and offset are looked at."""
 
 LARGEST_SHARE = 0.1
-"""Of what a method knows above chance may hang on colour, or on each patch's light and contrast."""
+"""Of what a method knows above chance may hang on colour."""
 
 MOVED = 0.01
 """Of the largest latent: more is no rounding (5e-7 in float32, 1e-3 where a GPU multiplies in TF32)."""
@@ -228,7 +228,9 @@ class LevelledPatches(nn.Module):
 def colour(method: CPC, images: Tensor, batches_of: Callable[[Tensor, nn.Module | None], Sequence[Batch]]) -> Finding:
     """Loss and accuracy where every patch is grey, or has its own light, contrast and colour cast taken away.
 
-    share = (accuracy - accuracy without) / (accuracy - chance), of what is known above chance.
+    share = (accuracy - accuracy without) / (accuracy - chance), of what is known above chance
+
+    The verdict goes by grey: light and contrast are what an image is made of, so levelled patches also lack content.
 
     Args:
         images: `n 3 s s` uint8.
@@ -248,14 +250,13 @@ def colour(method: CPC, images: Tensor, batches_of: Callable[[Tensor, nn.Module 
     if known < MARGIN:
         verdict = f"cannot be told: right {_share(plain.accuracy)} of the time, by chance {_share(plain.chance)}"
         return Finding("colour", None, verdict, rows)
-    lost = [(plain.accuracy - score.accuracy) / known for score in (in_grey, levelled)]
-    without_colour = bool((whole - grey(whole)).abs().max() < 0.01)
-    found = max(lost) > LARGEST_SHARE
-    of_grey = "these images have none to lose" if without_colour else f"grey takes {_share(max(0.0, lost[0]))}"
-    verdict = (
-        f"{_yes(found)}: {of_grey}, levelling each patch's light, contrast and colour takes "
-        f"{_share(max(0.0, lost[1]))} of what is known above chance"
-    )
+    lost, also = ((plain.accuracy - score.accuracy) / known for score in (in_grey, levelled))
+    levelling = f"levelling each patch's light and contrast as well takes {_share(max(0.0, also))} of it"
+    if bool((whole - grey(whole)).abs().max() < 0.01):
+        verdict = f"no: these images have none; of what is known above chance {levelling.removesuffix(' of it')}"
+        return Finding("colour", False, verdict, rows)
+    found = lost > LARGEST_SHARE
+    verdict = f"{_yes(found)}: grey takes {_share(max(0.0, lost))} of what is known above chance, {levelling}"
     return Finding("colour", found, verdict, rows)
 
 
@@ -353,7 +354,8 @@ def image_mean_accuracy(targets: Tensor, negatives: str, k: int) -> float:
         negatives: what the cell is found among: all, other_images, same_image or random, as `CPC`'s.
         k: how many random ones.
 
-    An image has one mean for all of its cells, so among the same image's it finds one of them at most, which is chance (a tie is a miss).
+    An image has one mean for all of its cells, so among the same image's it finds
+    one of them at most, which is chance (a tie is a miss).
 
     Example: `image_mean_accuracy(torch.randn(2, 2, 2, 8), "same_image", 3)` is 0.25, one of the four.
     """

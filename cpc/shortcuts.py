@@ -33,6 +33,8 @@ from cpc.trained_cpc import load_cpc
 from cpc.views import PatchViews
 
 FILE = "shortcuts.json"
+NUMBERS = ("loss", "chance_loss", "accuracy", "chance", "image_mean_accuracy")
+"""Of a row, in the order in which they are shown."""
 
 
 @dataclass
@@ -105,9 +107,8 @@ def find(method: CPC, images: Tensor, fed: dict[str, Any], batch_size: int, devi
 
 def table(findings: Sequence[Finding]) -> str:
     """Rows of all detectors and, below, a plain line for each short-cut."""
-    shown = ("case", "loss", "chance_loss", "accuracy", "chance", "image_mean_accuracy")
     rows = [
-        {"short-cut": finding.shortcut, **{key: row[key] for key in shown if key in row}}
+        {"short-cut": finding.shortcut, **{key: row[key] for key in ("case", *NUMBERS) if key in row}}
         for finding in findings
         for row in finding.rows
     ]
@@ -123,18 +124,14 @@ def read_findings(run: Path) -> list[Finding]:
         return []
     try:
         findings = [Finding(**each) for each in read_json(file)["shortcuts"]]
-        fits = all(isinstance(each.verdict, str) and isinstance(each.shortcut, str) for each in findings)
-        fits &= all(isinstance(row["case"], str) for each in findings for row in each.rows)
-        fits &= all(_is_number(row[key]) for each in findings for row in each.rows for key in set(row) - {"case"})
-    except (KeyError, TypeError) as error:
+        words = [word for each in findings for word in (each.shortcut, each.verdict)]
+        words += [row["case"] for each in findings for row in each.rows]
+        numbers = [row[key] for each in findings for row in each.rows for key in set(row) - {"case"}]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not what tools/shortcuts.py writes: {error!r}") from None
-    if not fits:
-        raise ValueError(f"{file} is not what tools/shortcuts.py writes: its rows hold no numbers")
+    if not all(isinstance(word, str) for word in words) or not all(isinstance(n, int | float) for n in numbers):
+        raise ValueError(f"{file} is not what tools/shortcuts.py writes: it has words for numbers")
     return findings
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def shortcuts(cfg: DictConfig) -> Path:

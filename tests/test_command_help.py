@@ -20,6 +20,7 @@ import cpc.plan
 import cpc.pretrain
 import cpc.report
 import cpc.runs
+import cpc.shortcuts
 import cpc.show_patches
 import cpc.simclr_v2
 import cpc.sweep_labels
@@ -38,6 +39,7 @@ HYDRA = {
     "sweep_labels": cpc.sweep_labels.main,
     "simclr_v2": cpc.simclr_v2.main,
     "ablate": cpc.ablate.main,
+    "shortcuts": cpc.shortcuts.main,
 }
 ARGPARSE = {
     "plan": cpc.plan.main,

@@ -26,6 +26,7 @@ ENTRY_POINTS = {
     "cpc/pretrain.py",
     "cpc/report.py",
     "cpc/run.py",
+    "cpc/shortcuts.py",
     "cpc/simclr_v2.py",
     "cpc/sweep_labels.py",
 }
