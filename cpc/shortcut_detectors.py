@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from contrastive_core.augment.colour import grey
+from contrastive_core.losses import SigmoidLoss, cosine_info_nce
 from contrastive_core.method import Batch
 from contrastive_core.metrics import contrast_accuracy
 from contrastive_core.randomness import Randomness
@@ -76,6 +78,7 @@ def varied(method: CPC, **changes: Any) -> CPC:
     other = copy.copy(method)
     other._modules = dict(method._modules)  # a module that is set would land in both
     for name, value in changes.items():
+        other._modules.pop(name, None)  # else a loss that is a module could only give way to another module
         setattr(other, name, value)
     return other
 
@@ -250,13 +253,13 @@ def colour(method: CPC, images: Tensor, batches_of: Callable[[Tensor, nn.Module 
     if known < MARGIN:
         verdict = f"cannot be told: right {_share(plain.accuracy)} of the time, by chance {_share(plain.chance)}"
         return Finding("colour", None, verdict, rows)
-    lost, also = ((plain.accuracy - score.accuracy) / known for score in (in_grey, levelled))
-    levelling = f"levelling each patch's light and contrast as well takes {_share(max(0.0, also))} of it"
+    lost, also = (min(1.0, max(0.0, (plain.accuracy - score.accuracy) / known)) for score in (in_grey, levelled))
+    levelling = f"levelling each patch's light and contrast as well takes {_share(also)} of it"
     if bool((whole - grey(whole)).abs().max() < 0.01):
         verdict = f"no: these images have none; of what is known above chance {levelling.removesuffix(' of it')}"
         return Finding("colour", False, verdict, rows)
     found = lost > LARGEST_SHARE
-    verdict = f"{_yes(found)}: grey takes {_share(max(0.0, lost))} of what is known above chance, {levelling}"
+    verdict = f"{_yes(found)}: grey takes {_share(lost)} of what is known above chance, {levelling}"
     return Finding("colour", found, verdict, rows)
 
 
@@ -386,9 +389,13 @@ def whole_image(method: CPC, batches: Sequence[Batch]) -> Finding:
 
     Random negatives are as many as those of the same image, so the two are told apart by chance equally often: what is
     right among random ones and not among the image's own is knowing the image, not the place.
+
+    The sigmoid loss cannot leave candidates out: the loss is InfoNCE by cosine at its temperature instead.
     """
     (grid,) = batches[0].views
     cells = grid.shape[1] * grid.shape[2]
+    if isinstance(method.loss, SigmoidLoss):
+        method = varied(method, loss=partial(cosine_info_nce, temperature=float(method.loss.temperature())))
     with torch.no_grad():
         targets = [method.represent(batch)["targets"] for batch in batches]
     rows = []

@@ -6,6 +6,7 @@ negatives, takes everything that was trained, which the run's last checkpoint ho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ from cpc.features import load_contexts, read_encoder
 from cpc.foreign import check_plain, run_config
 from cpc.method import CPC
 
-LOSSES = {"info_nce": info_nce, "cosine_info_nce": cosine_info_nce, "SigmoidLoss": SigmoidLoss}
+LOSSES: dict[str, Callable[..., Any]] = {
+    "info_nce": info_nce,
+    "cosine_info_nce": cosine_info_nce,
+    "SigmoidLoss": SigmoidLoss,
+}
 """The losses of `contrastive_core.losses` that a run's config.yaml may name."""
 
 OWN = ("offsets", "directions", "share_context", "negatives", "negatives_k")

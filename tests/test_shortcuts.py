@@ -177,7 +177,7 @@ def tinted(count):
 def by_colour():
     """A method that predicts a patch's mean colour by the context cell's."""
     mean = Signed(lambda patches: patches.mean((2, 3)), 3)
-    return planted(mean, lambda _: torch.eye(3), offsets=(1, 2)[:1], negatives="other_images")
+    return planted(mean, lambda _: torch.eye(3), offsets=(1,), negatives="other_images")
 
 
 def grids(images, change):
@@ -192,7 +192,7 @@ def test_what_knows_colour_alone_knows_nothing_in_grey():
     assert levelled < 0.5
     assert found.found
     assert found.verdict.startswith("yes: grey takes")
-    assert found.rows[1]["loss"] > found.rows[0]["loss"] + 0.1
+    assert found.rows[1]["loss"] > found.rows[0]["loss"] + 0.05
 
 
 def test_grey_images_have_no_colour_to_lose():
@@ -337,6 +337,7 @@ def test_another_way_shares_the_weights_and_leaves_the_method_as_it_was():
 
 def test_the_measure_is_the_methods_own_loss():
     method = small("layer", negatives="random", negatives_k=5)
+    method.requires_grad_(False)
     (batch,) = patch_batches(noise(6, 16), 6, views(16, 8, 4), CPU)
     loss, metrics = method(batch)
     assert measure(method, [batch]) == pytest.approx(
@@ -389,7 +390,7 @@ def test_a_whole_method_comes_back(made, name, weights):
     fed = json.loads((made / name / "encoder.json").read_text())["input"]
     findings = find(method, noise(8, 28), fed, 4, CPU)
     assert [each.found for each in findings][2] is (name == "other")  # its batch norm
-    assert all(math.isfinite(row["loss"]) for each in findings for row in each.rows) or name == "sigmoid"
+    assert all(math.isfinite(row["loss"]) for each in findings for row in each.rows)
 
 
 def test_the_tool_and_the_report(made, call_tool, capsys, tmp_path):
