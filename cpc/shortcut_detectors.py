@@ -33,8 +33,11 @@ from cpc.views import PatchViews
 MARGIN = 0.02
 """Of accuracies: less is luck. 128 predictions a batch, direction and offset are looked at."""
 
+KNOWN = 0.05
+"""Nats below chance: a method that knows less has learned nothing that could be told apart."""
+
 LARGEST_SHARE = 0.1
-"""Of what a method knows above chance may hang on colour."""
+"""Of the nats that a method knows may hang on colour, or on the pixels that a target shares with its context."""
 
 MOVED = 0.01
 """Of the largest latent: more is no rounding (5e-7 in float32, 1e-3 where a GPU multiplies in TF32)."""
@@ -48,6 +51,11 @@ class Score(NamedTuple):
     chance_loss: float
     accuracy: float
     chance: float
+
+    @property
+    def known(self) -> float:
+        """Nats below chance. Example: `Score(1.5, 2.0, 0.5, 0.1).known` is 0.5."""
+        return self.chance_loss - self.loss
 
     def row(self, case: str) -> dict[str, Any]:
         """A row of a table. Example: `Score(1.0, 2.0, 0.5, 0.1).row("grey")["case"] == "grey"`."""
@@ -161,7 +169,9 @@ def overlap(method: CPC, batches: Sequence[Batch], size: int, stride: int) -> Fi
     The context of a cell sees that cell, so up to `first_disjoint_offset(size, stride)` - 1 a part of the target is
     known already, pixel for pixel. Candidates are the same at every offset, so accuracies can be compared. What is
     nearer is also easier to guess: so the shared pixels are taken out of the targets, and then as many on their far
-    side.
+    side, and the verdict goes by
+
+    copied = (loss without the shared - loss without the far) / (chance loss - loss)
 
     Args: size, stride: of the patches, in pixels.
     """
@@ -183,7 +193,9 @@ def overlap(method: CPC, batches: Sequence[Batch], size: int, stride: int) -> Fi
     }
     rows.append(without[True].row(f"offset {last['offset']} without the shared px"))
     rows.append(without[False].row(f"offset {last['offset']} without as many far px"))
-    found = not beyond or last["accuracy"] - beyond[0]["accuracy"] > MARGIN
+    known = last["chance_loss"] - last["loss"]
+    copied = (without[True].loss - without[False].loss) / known if known > KNOWN else 0.0
+    found = copied > LARGEST_SHARE if known > KNOWN else None
     then = (
         f"offset {beyond[0]['offset']}, which shares none, {_share(beyond[0]['accuracy'])}"
         if beyond
@@ -231,7 +243,7 @@ class LevelledPatches(nn.Module):
 def colour(method: CPC, images: Tensor, batches_of: Callable[[Tensor, nn.Module | None], Sequence[Batch]]) -> Finding:
     """Loss and accuracy where every patch is grey, or has its own light, contrast and colour cast taken away.
 
-    share = (accuracy - accuracy without) / (accuracy - chance), of what is known above chance
+    share = (loss without - loss) / (chance loss - loss), of the nats that are known
 
     The verdict goes by grey: light and contrast are what an image is made of, so levelled patches also lack content.
 
@@ -249,17 +261,19 @@ def colour(method: CPC, images: Tensor, batches_of: Callable[[Tensor, nn.Module 
     scores = {case: measure(method, batches_of(images, change)) for case, change in cases.items()}
     rows = [score.row(case) for case, score in scores.items()]
     plain, in_grey, levelled = scores.values()
-    known = plain.accuracy - plain.chance
-    if known < MARGIN:
-        verdict = f"cannot be told: right {_share(plain.accuracy)} of the time, by chance {_share(plain.chance)}"
+    if plain.known < KNOWN:
+        verdict = f"cannot be told: the loss is {plain.loss:.3f}, by chance {plain.chance_loss:.3f}"
         return Finding("colour", None, verdict, rows)
-    lost, also = (min(1.0, max(0.0, (plain.accuracy - score.accuracy) / known)) for score in (in_grey, levelled))
-    levelling = f"levelling each patch's light and contrast as well takes {_share(also)} of it"
+    lost, also = (min(1.0, max(0.0, (score.loss - plain.loss) / plain.known)) for score in (in_grey, levelled))
+    levelling = f"levelling each patch's light and contrast as well takes {_share(also)}"
     if bool((whole - grey(whole)).abs().max() < 0.01):
-        verdict = f"no: these images have none; of what is known above chance {levelling.removesuffix(' of it')}"
+        verdict = f"no: these images have none; of the nats below chance {levelling}"
         return Finding("colour", False, verdict, rows)
     found = lost > LARGEST_SHARE
-    verdict = f"{_yes(found)}: grey takes {_share(lost)} of what is known above chance, {levelling}"
+    verdict = (
+        f"{_yes(found)}: grey takes {_share(lost)} of the nats below chance (right {_share(plain.accuracy)} of the "
+        f"time, in grey {_share(in_grey.accuracy)}), {levelling}"
+    )
     return Finding("colour", found, verdict, rows)
 
 
@@ -422,8 +436,8 @@ def whole_image(method: CPC, batches: Sequence[Batch]) -> Finding:
     return Finding("whole image", found, verdict, rows)
 
 
-def _yes(found: bool) -> str:
-    return "yes" if found else "no"
+def _yes(found: bool | None) -> str:
+    return "cannot be told" if found is None else "yes" if found else "no"
 
 
 def _share(value: float) -> str:

@@ -140,6 +140,20 @@ def test_offsets_that_share_nothing_are_no_overlap(copying):
     assert "pass method.offsets=[2] or more" in alone.verdict
 
 
+def test_near_pixels_that_nothing_hangs_on_are_not_copied():
+    nothing = planted(Signed(nn.Flatten(), 48), lambda _: torch.zeros(48, 48), offsets=(1,))
+    batches = patch_batches(noise(16, SIDE), 8, views(SIDE, SIZE, STRIDE), CPU)
+    told = overlap(nothing, batches, SIZE, STRIDE)
+    assert told.found is None
+    assert told.verdict.startswith("cannot be told: ")
+    images = torch.randint(256, (16, 3, 1, 1), dtype=torch.uint8).expand(16, 3, SIDE, SIDE).contiguous()
+    mean = Signed(lambda patches: 8 * patches[..., -1, :].mean(2), 3)  # by their last row, which is not shared
+    honest = planted(mean, lambda _: torch.eye(3), offsets=(1,))
+    told = overlap(honest, patch_batches(images, 8, views(SIDE, SIZE, STRIDE), CPU), SIZE, STRIDE)
+    assert told.found is False
+    assert "offset 1 shares 2 of 4 px" in told.verdict
+
+
 def test_a_strip_is_taken_where_the_context_is():
     patches = torch.arange(1.0, 10).reshape(3, 3)
     top, left = without_strip(patches, "down", 1, near=True), without_strip(patches, "right", 1, near=True)
@@ -205,7 +219,8 @@ def test_grey_images_have_no_colour_to_lose():
 
 
 def test_what_has_learned_nothing_cannot_be_told():
-    nothing = planted(Signed(lambda p: p.mean((2, 3)), 3), lambda _: torch.zeros(3, 3), offsets=(1,))
+    mean = Signed(lambda patches: patches.mean((2, 3)), 3)
+    nothing = planted(mean, lambda _: torch.zeros(3, 3), offsets=(1,))
     found = colour(nothing, tinted(8), grids)
     assert found.found is None
     assert found.rows[0]["loss"] == pytest.approx(math.log(8 * 9))
