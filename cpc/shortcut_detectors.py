@@ -1,8 +1,8 @@
 """The known short-cuts of patch prediction, and how much of a trained CPC's success they are.
 
 A patch can be predicted without knowing what is in the image: by the pixels that it shares with the context, by the
-image's colours and light (Doersch et al. 2015, section 3; Henaff et al. 2020, section 3.1 and appendix A), by what
-batch statistics tell of the patches that were encoded beside it (Henaff et al. 2020, section 3.1: LayerNorm in place of
+image's colours and light (Doersch et al. 2015, section 3; Henaff et al. 2020, appendix A), by what batch statistics
+tell of the patches that were encoded beside it (Henaff et al. 2020, section 3 and figure 3: LayerNorm in place of
 BatchNorm), and, where the negatives are of other images, by anything that all patches of an image have in common. Each
 detector takes one of these away, or lets it in, and measures the method's own loss and accuracy again.
 """
@@ -40,7 +40,7 @@ LARGEST_SHARE = 0.1
 """Of the nats that a method knows may hang on colour, or on the pixels that a target shares with its context."""
 
 MOVED = 0.01
-"""Of the largest latent: more is no rounding (5e-7 in float32, 1e-3 where a GPU multiplies in TF32)."""
+"""Of the largest latent: more is no rounding, not even that of TF32, whose numbers have 10 bits."""
 
 
 class Score(NamedTuple):
