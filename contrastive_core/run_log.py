@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar, TensorBoard, and `metrics.jsonl`, a JSON object a line."""
+"""What a run tells while it goes: a progress bar, its trackers, and `metrics.jsonl`, a JSON object a line."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from contrastive_core.checkpoint import replacing
+from contrastive_core.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -30,31 +32,38 @@ class RunLog:
 
     Args:
         run_dir: the run's folder. start, steps: optimizer steps done, and in all.
+        trackers: where rows go beside the file, of `contrastive_core.trackers.TRACKERS`. config: what these show of it.
 
     Use it as a context manager on the main process. Where this module's logger is set to warnings alone, there is no
     progress bar.
     """
 
-    def __init__(self, run_dir: Path, *, start: int, steps: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        start: int,
+        steps: int,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         file = run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(run_dir) if row["step"] <= start] if file.is_file() else []
         with replacing(file) as rewritten:
             rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = file.open("a")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._quiet = logger.level >= logging.WARNING
         options = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0, "disable": self._quiet}
         self._bar = tqdm(total=steps, initial=start, **options)
+        self._trackers = Trackers(run_dir, trackers, config or {}, start, lambda text: self.say(text, warning=True))
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
         self._file.close()
-        self._tensorboard.close()
+        self._trackers.close()
+        self._bar.close()
 
     def advance(self) -> None:
         """One more optimizer step is done."""
@@ -64,9 +73,7 @@ class RunLog:
         """Write a row; `step` is an int, the rest are numbers, null in the file where they are not finite."""
         self._file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if name != "step":
-                self._tensorboard.add_scalar(name, value, int(row["step"]))
+        self._trackers.log(row)
         if "loss" in row:
             chance = f" (chance {row['chance_loss']:.3f})" if "chance_loss" in row else ""
             self._bar.set_postfix_str(

@@ -130,6 +130,7 @@ USES = {
     "demo": "the bundled digits (make demo, data=mnist5k)",
     "vit": "encoder=timm",
     "data": "data=huggingface",
+    "trackers": "trackers=[wandb] or [trackio]",
     "sweep": "-m hydra/launcher=joblib, ray or submitit",
 }
 

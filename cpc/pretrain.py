@@ -46,6 +46,7 @@ class PretrainSchema:
     save_every: int
     keep_checkpoints: int
     log_every: int
+    trackers: list[str]
     probe_every: int
     probe_images: int
     profile: bool

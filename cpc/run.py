@@ -34,6 +34,7 @@ from contrastive_core.optim import parameter_groups
 from contrastive_core.profiling import profiled
 from contrastive_core.run_log import RunLog, read_metrics
 from contrastive_core.sharding import copy_whole_, shard_
+from contrastive_core.trackers import check_trackers
 from contrastive_core.training import StepResult, train_steps
 from cpc.entry import build, check_complete, run_name, start_accelerator
 from cpc.features import FrozenEncoder, parts_card, parts_of
@@ -73,7 +74,10 @@ _AT_LEAST = {
 
 
 def check_numbers(cfg: DictConfig) -> None:
-    """Raise ValueError that names the first top-level key whose value cannot be meant, and says what to pass."""
+    """Raise ValueError that names the first top-level key whose value cannot be meant, and says what to pass.
+
+    ImportError where a tracker's package is missing.
+    """
     for name, least in _AT_LEAST.items():
         if cfg[name] < least:
             raise ValueError(f"{name}={cfg[name]}: pass at least {least}")
@@ -94,6 +98,7 @@ def check_numbers(cfg: DictConfig) -> None:
         raise ValueError(f"shard=true does not go with {other}: leave one of them out (bf16 goes with it)")
     if cfg.resume not in (None, "auto"):
         raise ValueError(f"resume={cfg.resume}: pass resume=auto with the run's run_dir, or leave it out")
+    check_trackers(cfg.trackers)
 
 
 def recompute_(encoder: nn.Module) -> None:
@@ -329,7 +334,9 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     with (
         StopRequest() as request,
         claimed(run_dir, config, accelerator, resume=resume),
-        RunLog(run_dir, start=start, steps=cfg.steps) if main_process else nullcontext() as log,
+        RunLog(run_dir, start=start, steps=cfg.steps, trackers=cfg.trackers, config=config)
+        if main_process
+        else nullcontext() as log,
         profiled(run_dir if cfg.profile and main_process else None, cfg.steps - start) as watch,
     ):
         for row in read_metrics(run_dir) if start and main_process else ():  # what the run before had seen

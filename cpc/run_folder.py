@@ -18,8 +18,8 @@ from accelerate.utils import broadcast_object_list
 from contrastive_core.checkpoint import latest_checkpoint, replacing
 from contrastive_core.reading import read_yaml
 
-MAY_CHANGE = ("recompute", "shard", "save_every", "keep_checkpoints", "log_every", "probe_every", "probe_images",
-              "workers", "device", "threads", "timeout", "profile", "run_dir", "resume")  # fmt: skip
+MAY_CHANGE = ("recompute", "shard", "save_every", "keep_checkpoints", "log_every", "trackers", "probe_every",
+              "probe_images", "workers", "device", "threads", "timeout", "profile", "run_dir", "resume")  # fmt: skip
 """Keys that may differ when a run is resumed: they change what is written or how fast, not what is learned."""
 
 

@@ -78,7 +78,7 @@ def test_without_what_every_run_imports(module, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "line"), [
-    ("mlxtend", "extra demo"), ("timm", "extra vit"), ("datasets", "extra data"),
+    ("mlxtend", "extra demo"), ("timm", "extra vit"), ("datasets", "extra data"), ("wandb", "extra trackers"),
     ("hydra_plugins.hydra_joblib_launcher", "extra sweep"),
 ])  # fmt: skip
 def test_without_an_optional_piece_runs_are_possible(module, line, tmp_path):
