@@ -34,13 +34,25 @@ def contrast_accuracy(
     check_pairs(queries, keys, positive)
     chosen = to_device(torch.linspace(0, len(queries) - 1, min(limit, len(queries))).round().long(), queries.device)
     positive = positive[chosen]
+    mask = None if compared is None else compared(chosen)
+    return contrast_hits(queries[chosen], keys, positive, mask=mask).float().mean()
+
+
+@torch.no_grad()
+def contrast_hits(queries: Tensor, keys: Tensor, positive: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Which queries score their positive highest among all keys, bool `n` (a tie with another key counts as a miss).
+
+    queries, keys, positive: as `contrast_accuracy`'s. mask: `n m` bool, True = compared; None = all.
+
+    Example: with `queries = keys = torch.zeros(2, 4)` and `positive = torch.arange(2)` it is False for both.
+    """
     with torch.autocast(queries.device.type, enabled=False):  # in bf16 close scores tie
-        scores = queries[chosen].float() @ keys.float().T
+        scores = queries.float() @ keys.float().T
     own = scores.gather(1, positive[:, None]).squeeze(1)
-    if compared is not None:
-        scores.masked_fill_(~compared(chosen), -torch.inf)
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
     best_other = scores.scatter_(1, positive[:, None], -torch.inf).amax(1)
-    return (own > best_other).float().mean()
+    return own > best_other
 
 
 @torch.no_grad()

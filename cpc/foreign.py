@@ -19,6 +19,10 @@ READERS = tuple(
 """The readers of data that a run's config.yaml may name, letter by letter: a prefix would let our imports through."""
 
 
+AUGMENTATIONS = tuple(f"cpc.patch_augment.patch_augment_{name}" for name in ("v1", "v2", "digits"))
+"""The augmentations of patches that a run's config.yaml may name, letter by letter."""
+
+
 def is_plain(value: Any) -> bool:
     """Whether hydra would take a value as it is: a number, a word without a reference, None, or a list of these.
 
@@ -65,3 +69,21 @@ def run_data(run: str | Path) -> dict[str, Any]:
     arguments = {name: value for name, value in data.items() if name != "_target_"}
     check_plain(arguments, written)
     return {"_target_": reader, **arguments}
+
+
+def run_augmentation(run: str | Path) -> dict[str, Any]:
+    """The augmentation of patches that a run was trained with, as a configuration writes it: one of `AUGMENTATIONS`.
+
+    {} where it has none. Raises ValueError where another one, or no plain value, is named.
+    """
+    written, config = run_config(run)
+    views = config.get("views")
+    node = views.get("patch_augment") if isinstance(views, dict) else None
+    if node is None:
+        return {}
+    name = node.get("_target_") if isinstance(node, dict) else node
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"{written} augments patches by {name}, which is not ours")
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    check_plain(arguments, written)
+    return {"_target_": name, **arguments}

@@ -27,9 +27,9 @@ from contrastive_core.data import Splits
 from contrastive_core.reading import read_json
 from contrastive_core.run_log import read_metrics
 from cpc.entry import USER_ERRORS, build, config_search, told
-from cpc.foreign import run_config, run_data
-from cpc.report_charts import Line, line_chart, number, plain_table, share_table
-from cpc.report_pictures import as_data, neighbours, predictions
+from cpc.foreign import run_augmentation, run_config, run_data
+from cpc.report_charts import Line, heat_maps, line_chart, number, plain_table, share_table
+from cpc.report_pictures import PLACED, TOGETHER, as_data, augmented, neighbours, positions, predictions, some
 from cpc.run_folder import MAY_CHANGE
 from cpc.runs import state_of
 from cpc.shortcuts import NUMBERS, read_findings
@@ -177,9 +177,39 @@ def pictures(run: Run) -> Iterator[str]:
             offset = int(max(run.config["method"]["offsets"]))
             title = f"{run.name}: what is expected {offset} cells below the blue one; white is what is there"
             yield _picture(as_data(lambda file: predictions(run.folder, splits, file, offset=offset)), title)
+            yield by_position(run, splits)
+            yield from augmentation(run, splits)
     except (*USER_ERRORS, KeyError, RuntimeError) as error:
         reason = escape(" ".join(str(error).split()))
         yield f"<p class=note>{escape(run.name)}: no pictures, since its data or weights cannot be read ({reason}).</p>"
+
+
+def by_position(run: Run, splits: Splits) -> str:
+    """CPC: how often a held-out image's patch is told from the others, by its place on the grid."""
+    held_out = splits.train if splits.test is None else splits.test
+    images = some(held_out, PLACED)
+    offsets = run.config["method"]["offsets"]
+    grids = positions(run.folder, images, offsets)
+    note = (
+        f"Of each direction, by the place of the patch that is predicted: the share of {len(images)} "
+        f"{'training' if splits.test is None else 'held-out'} images in which it is told from all patches of "
+        f"{min(TOGETHER, len(images))} of them, the mean over offsets {', '.join(map(str, offsets))}. "
+        "Blank: nothing predicts it. Beside a direction, the mean of its cells."
+    )
+    return heat_maps(f"{run.name}: where on the grid the right patch is found", grids, note)
+
+
+def augmentation(run: Run, splits: Splits) -> Iterator[str]:
+    """CPC: what becomes of a patch, or why it is not shown."""
+    try:
+        node = run_augmentation(run.folder)
+    except ValueError as error:  # the user's own: our page calls nothing that a folder names
+        yield f"<p class=note>{escape(run.name)}: no augmented patches ({escape(str(error))}).</p>"
+        return
+    if node:
+        augment = build(OmegaConf.create(node))
+        data = as_data(lambda file: augmented(run.folder, augment, splits, file))
+        yield _picture(data, f"{run.name}: patches as the run augments them, each by itself")
 
 
 def _picture(data: str, title: str) -> str:

@@ -133,6 +133,31 @@ def share_table(title: str, rows: Mapping[str, Mapping[str, float]], corner: str
     )
 
 
+def heat_maps(title: str, grids: Mapping[str, Sequence[Sequence[float]]], note: str) -> str:
+    """Grids of shares 0..1 side by side, in percent, shaded by their size against the largest; NaN is a blank cell.
+
+    note: what they are. "" where there is none.
+    """
+    if not grids:
+        return ""
+    shown = [value for grid in grids.values() for row in grid for value in row if not math.isnan(value)]
+    largest = max(shown, default=0.0) or 1.0
+    tables = []
+    for name, grid in grids.items():
+        own = [value for row in grid for value in row if not math.isnan(value)]
+        mean = f" <small>{100 * sum(own) / len(own):.1f}</small>" if own else ""
+        body = "".join(f"<tr>{''.join(_cell(value, largest) for value in row)}</tr>" for row in grid)
+        tables.append(f"<div><b>{escape(name)}</b>{mean}<table>{body}</table></div>")
+    return (
+        f"<figure class=heat><figcaption>{escape(title)} <small>%</small></figcaption>"
+        f"<div class=maps>{''.join(tables)}</div><p class=note>{escape(note)}</p></figure>"
+    )
+
+
+def _cell(value: float, largest: float) -> str:
+    return "<td></td>" if math.isnan(value) else f'<td style="--share:{value / largest:.3f}">{100 * value:.0f}</td>'
+
+
 def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool] = ()) -> str:
     """Words and numbers; a marked row stands out."""
     marks = marked or [False] * len(rows)

@@ -1,31 +1,40 @@
-"""The pictures of a report, drawn from a finished run's export and its data: neighbours, and what CPC predicts."""
+"""The pictures of a report, from a finished run's export and its data: neighbours, what CPC predicts and is fed."""
 
 from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contrastive_core.checkpoint import latest_checkpoint
 from contrastive_core.data import ImageDataset, Splits, evaluation_batches
+from contrastive_core.metrics import contrast_hits
 from contrastive_core.plots import BLUE, INK, new_figure, plot_retrieval, save_figure
-from cpc.context import turn
+from contrastive_core.randomness import Randomness
+from cpc.context import turn, turn_back
 from cpc.features import load_contexts, load_encoder, read_card
 from cpc.patches import extract_patches
+from cpc.prediction import positive_cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 QUERIES, BANK, NEIGHBOURS = 8, 1000, 7
 """Images asked about, images looked through, and images shown for each."""
+
+PLACED, TOGETHER = 256, 32
+"""Images whose predictions are placed on the grid, and how many of them are compared with one another."""
+
+AUGMENTED, DRAWS = 4, 9
+"""Patches that are augmented, and how often each."""
 
 
 def as_data(draw: Callable[[Path], object]) -> str:
@@ -60,18 +69,22 @@ def neighbours(run: Path, splits: Splits, file: Path) -> None:
     plot_retrieval(queries, bank[nearest], file)
 
 
-def projections(run: Path, direction: str, offset: int) -> dict[str, Tensor]:
-    """The weights by which CPC predicts and is compared, of the last whole checkpoint.
+def last_weights(run: Path) -> dict[str, Tensor]:
+    """The method's, the averaged ones where there are some, of the last whole checkpoint.
 
-    Raises FileNotFoundError where there is none, KeyError for a direction or offset that the run has not.
+    Raises FileNotFoundError where there is none.
     """
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise FileNotFoundError(f"no checkpoint in {run}, which holds the prediction heads")
     averaged = checkpoint / "averaged.safetensors"
-    kept = load_file(averaged if averaged.is_file() else checkpoint / "method.safetensors")
-    head = f"heads.{direction}.heads.{offset}"
-    return {"head": kept[f"{head}.weight"], "bias": kept[f"{head}.bias"], "target": kept["target_projection.weight"]}
+    return load_file(averaged if averaged.is_file() else checkpoint / "method.safetensors")
+
+
+def head_of(weights: dict[str, Tensor], direction: str, offset: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a prediction head. Raises KeyError for a direction or offset that the run has not."""
+    name = f"heads.{direction}.heads.{offset}"
+    return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
 
 def predicted_scores(run: Path, images: Tensor, direction: str, offset: int) -> tuple[Tensor, tuple[int, int]]:
@@ -80,15 +93,15 @@ def predicted_scores(run: Path, images: Tensor, direction: str, offset: int) -> 
     The context stands as far behind as the offset wants and in the middle across; the grid is the image's own.
     """
     encoder = load_encoder(run, readout="grid")
-    weights = projections(run, direction, offset)
+    weights = last_weights(run)
     latents = encoded(encoder, images, encoder.batch_size)
     rows, cols = latents.shape[1:3]
     context = load_contexts(run).networks[load_contexts(run).context_of[direction]]
     cell = ((rows - offset) // 2, cols // 2)
     with torch.inference_mode():
         seen = context(turn(latents, direction))[:, cell[0], cell[1]]
-        prediction = seen @ weights["head"].T + weights["bias"]
-        targets = rearrange(latents @ weights["target"].T, "n rows cols d -> (n rows cols) d")
+        prediction = F.linear(seen, *head_of(weights, direction, offset))
+        targets = rearrange(latents @ weights["target_projection.weight"].T, "n rows cols d -> (n rows cols) d")
         scores = rearrange(prediction @ targets.T, "q (n rows cols) -> q n rows cols", rows=rows, cols=cols)
     return scores, cell
 
@@ -116,6 +129,74 @@ def predictions(run: Path, splits: Splits, file: Path, *, offset: int, count: in
             axes.set_xticks([])
             axes.set_yticks([])
     for axes, title in zip(grid[0], ["image", "fit", "of other images, best first"], strict=False):
+        axes.set_title(title, fontsize=9, color=INK, loc="left").set_in_layout(False)
+    save_figure(figure, file)
+
+
+def positions(
+    run: Path, images: Tensor, offsets: Sequence[int], *, together: int = TOGETHER
+) -> dict[str, list[list[float]]]:
+    """How often each cell of the grid is told from all cells of some images, by the direction it is predicted in.
+
+    For each direction `rows cols` shares, means over the offsets that reach the cell from within the grid; NaN where
+    none does. The images, uint8 `n 3 h w`, are compared in groups of `together` or a few fewer.
+
+    Example: with `offsets=[2]` the first two rows of "down" are NaN.
+    """
+    encoder, contexts, weights = load_encoder(run, readout="grid"), load_contexts(run), last_weights(run)
+    latents = encoded(encoder, images, encoder.batch_size)
+    groups = latents.tensor_split(-(-len(latents) // together))
+    found = {}
+    with torch.inference_mode():
+        for direction, name in contexts.context_of.items():
+            hits = torch.zeros_like(turn(latents[..., 0], direction))  # on the turned grid
+            reached = torch.zeros_like(hits)
+            for offset in offsets:
+                head = head_of(weights, direction, offset)
+                told = [_told(group, contexts.networks[name], head, weights, direction, offset) for group in groups]
+                hits[:, offset:] += torch.cat(told)
+                reached[:, offset:] += 1
+            shares = hits.sum(0, keepdim=True) / reached.sum(0, keepdim=True)  # 0 / 0 is NaN
+            found[direction] = turn_back(shares, direction)[0].tolist()
+    return found
+
+
+def _told(
+    latents: Tensor,
+    network: nn.Module,
+    head: tuple[Tensor, Tensor],
+    weights: dict[str, Tensor],
+    direction: str,
+    offset: int,
+) -> Tensor:
+    """1.0 where the prediction scores its target highest of all, `b rows - offset cols` of the turned grid."""
+    b, rows, cols, _ = latents.shape
+    context = network(turn(latents, direction))
+    predictions = F.linear(context[:, : context.shape[1] - offset], *head)
+    targets = rearrange(latents @ weights["target_projection.weight"].T, "b rows cols d -> (b rows cols) d")
+    hit = contrast_hits(predictions.flatten(0, 2), targets, positive_cells(b, rows, cols, offset, direction))
+    return hit.float().view(predictions.shape[:3])
+
+
+def augmented(run: Path, augment: nn.Module, splits: Splits, file: Path) -> None:
+    """Some patches of training images, each as it is and as the run's augmentation draws it `DRAWS` times.
+
+    `augment(patches b rows cols c ph pw in [0, 1], randomness)`. Of each image the patch with the most in it is taken.
+    """
+    given = read_card(run)[1]["input"]
+    images = _fit(some(splits.train, AUGMENTED), given["image_size"]).float() / 255
+    patches = extract_patches(images, given["patch_size"], given["stride"]).flatten(1, 2)
+    busiest = patches.flatten(2).std(2).argmax(1)
+    chosen = patches[torch.arange(len(patches)), busiest]
+    alike = repeat(chosen, "b c ph pw -> b 1 draws c ph pw", draws=DRAWS)
+    drawn = augment(alike, Randomness(0, 0, torch.arange(len(chosen))))[:, 0]
+    figure, grid = new_figure(len(chosen), 1 + DRAWS, (0.72 * (1 + DRAWS) + 0.3, 0.72 * len(chosen) + 0.3))
+    for line, patch in enumerate(chosen):
+        for axes, shown in zip(grid[line], (patch, *drawn[line]), strict=True):
+            axes.imshow(shown.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+    for axes, title in zip(grid[0], ["patch", "as it is augmented, drawn anew each time"], strict=False):
         axes.set_title(title, fontsize=9, color=INK, loc="left").set_in_layout(False)
     save_figure(figure, file)
 

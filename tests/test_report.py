@@ -4,17 +4,25 @@ import base64
 import html
 import io
 import json
+import math
+import os
 import re
 import shutil
 import time
 
 import pytest
+import torch
 from PIL import Image
 
+from contrastive_core.data import mnist5k
+from contrastive_core.randomness import Randomness
 from contrastive_core.run_log import read_metrics
+from cpc.context import turn, turn_back
+from cpc.features import load_contexts, load_encoder
 from cpc.pretrain import pretrain
 from cpc.report import flat, main, page, papers_recipe, read_runs
-from cpc.report_charts import Line, line_chart, number, share_table, thinned, ticks
+from cpc.report_charts import Line, heat_maps, line_chart, number, share_table, thinned, ticks
+from cpc.report_pictures import DRAWS, augmented, last_weights, positions, some
 
 TINY = ["batch_size=8", "encoder.width=4", "steps=4", "threads=1", "probe_every=2", "probe_images=50", "log_every=1"]
 CPC = ["method=cpc", "method.context.width=8", "method.context.layers=1"]
@@ -62,7 +70,7 @@ def test_a_finished_run(made):
     assert "<td>4 of 4</td>" in text
     assert f"{100 * rows[-1]['accuracy/down_2']:.1f}</td>" in text.partition("<th>down</th>")[2]
     pictures = re.findall(r"data:image/png;base64,([\w+/=]+)", text)
-    assert len(pictures) == 2  # neighbours, predictions
+    assert len(pictures) == 3  # neighbours, predictions, augmented patches
     assert all(Image.open(io.BytesIO(base64.b64decode(each))).width > 300 for each in pictures)
     assert "experiment=imagenet_cpc_v2" in text
     assert "<tr class=marked><td>batch_size</td><td>8</td><td>512</td></tr>" in text
@@ -155,6 +163,108 @@ def test_numbers_and_lines():
     assert papers_recipe("Classifier") == {}
 
 
+AHEAD = {"down": (1, 0), "up": (-1, 0), "right": (0, 1), "left": (0, -1)}
+
+
+@torch.no_grad()
+def found_slowly(run, images, direction, offset):
+    """Shares by the place of the target, "(row, col)", in float64, one prediction at a time, told by coordinates."""
+    latents = load_encoder(run, readout="grid")(images.float() / 255).double()
+    kept = {name: weight.double() for name, weight in last_weights(run).items()}
+    contexts, head = load_contexts(run).double(), f"heads.{direction}.heads.{offset}"
+    n, rows, cols, _ = latents.shape
+    seen = turn_back(contexts.networks[contexts.context_of[direction]](turn(latents, direction)), direction)
+    targets = latents @ kept["target_projection.weight"].T
+    found = {}
+    for row in range(rows):
+        for col in range(cols):
+            source = row - offset * AHEAD[direction][0], col - offset * AHEAD[direction][1]
+            if 0 <= source[0] < rows and 0 <= source[1] < cols:
+                predictions = seen[:, source[0], source[1]] @ kept[f"{head}.weight"].T + kept[f"{head}.bias"]
+                scores = [targets @ prediction for prediction in predictions]
+                hits = [bool(scores[image][image, row, col] == scores[image].max()) for image in range(n)]
+                found[row, col] = sum(hits) / n
+    return found
+
+
+def test_accuracies_on_the_grid_are_those_of_one_prediction_at_a_time(compose, tmp_path):
+    """Of a run of some steps more: where nothing is found there is nothing to compare."""
+    options = ["batch_size=16", "encoder.width=8", "steps=60", "threads=1", "probe_every=0", "optimizer.lr=3e-3"]
+    run = pretrain(compose(*CPC[1:], *options, f"run_dir={tmp_path / 'run'}"))
+    images = some(mnist5k(size=28).test, 6)
+    found = positions(run, images, [2, 3])
+    told = [value for grid in found.values() for line in grid for value in line if value > 0]
+    assert len(told) > 12
+    assert len({*told}) > 1
+    assert list(found) == list(AHEAD)
+    for direction, grid in found.items():
+        by_offset = [found_slowly(run, images, direction, offset) for offset in (2, 3)]
+        for row, line in enumerate(grid):
+            for col, value in enumerate(line):
+                shares = [shares[row, col] for shares in by_offset if (row, col) in shares]
+                expected = sum(shares) / len(shares) if shares else math.nan
+                assert value == pytest.approx(expected, abs=1e-6, nan_ok=True), (direction, row, col)
+        values = [value for line in grid for value in line if not math.isnan(value)]
+        assert len(values) == 24  # of 36: the two rows or columns that a direction starts with are blank
+    for direction, blank in {"down": (0, 1), "up": (4, 5)}.items():
+        assert [row for row in range(6) if all(map(math.isnan, found[direction][row]))] == list(blank)
+    for direction, blank in {"right": (0, 1), "left": (4, 5)}.items():
+        assert [col for col in range(6) if all(math.isnan(line[col]) for line in found[direction])] == list(blank)
+
+
+def test_the_images_are_compared_in_groups(made):
+    images = some(mnist5k(size=28).test, 12)
+    whole = positions(made / "cpc", images, [2], together=4)
+    parts = [positions(made / "cpc", part, [2]) for part in images.split(4)]
+    for direction, grid in whole.items():
+        mean = torch.tensor([part[direction] for part in parts]).mean(0)
+        torch.testing.assert_close(torch.tensor(grid), mean, equal_nan=True)
+
+
+def test_a_heat_map_leaves_blank_what_is_not_predicted(made):
+    text = heat_maps("where", {"down": [[math.nan, math.nan], [0.5, 0.25]]}, "a note")
+    assert text.count("<td></td>") == 2
+    assert '<td style="--share:1.000">50</td><td style="--share:0.500">25</td>' in text
+    assert "<b>down</b> <small>37.5</small>" in text
+    assert heat_maps("none", {}, "") == ""
+    whole = page(read_runs([made / "cpc"]), None)
+    maps = re.findall(r"<b>(\w+)</b>[^<]*<small>[\d.]+</small><table>(.*?)</table>", whole)
+    assert [(name, body.count("<td"), body.count("<td></td>")) for name, body in maps] == [
+        (name, 36, 12) for name in ("down", "up", "right", "left")
+    ]
+    assert "told from all patches of 32 of them, the mean over offsets 2, 3, 4." in whole
+
+
+def test_augmented_patches_are_one_patch_drawn_again(made, tmp_path):
+    seen = []
+
+    def augment(patches, randomness):
+        seen.append((patches, randomness))
+        return patches
+
+    splits = mnist5k(size=28)
+    augmented(made / "cpc", augment, splits, tmp_path / "strip.png")
+    ((patches, randomness),) = seen
+    assert patches.shape == (4, 1, DRAWS, 3, 8, 8)
+    assert (patches == patches[:, :, :1]).all()
+    assert all(patch.std() > 0.1 for patch in patches[:, 0, 0])  # not a digit's empty corner
+    assert isinstance(randomness, Randomness)
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.width > 500
+
+
+def test_an_augmentation_that_is_not_ours_is_not_called(made, tmp_path):
+    shutil.copytree(made / "cpc", tmp_path / "other")
+    config = (tmp_path / "other/config.yaml").read_text()
+    assert "cpc.patch_augment.patch_augment_digits" in config
+    changed = config.replace("cpc.patch_augment.patch_augment_digits", "webbrowser.open")
+    (tmp_path / "other/config.yaml").write_text(changed)
+    text = html.unescape(page(read_runs([tmp_path / "other"]), None))
+    assert "other: no augmented patches (" in text
+    assert "augments patches by webbrowser.open, which is not ours" in text
+    assert "<b>down</b>" in text
+
+
 @pytest.mark.slow
 def test_in_a_browser_it_reads_values_off(made, tmp_path):
     from playwright.sync_api import sync_playwright
@@ -189,6 +299,9 @@ def test_in_a_browser_it_reads_values_off(made, tmp_path):
         assert figure.locator("polyline").first.evaluate("line => line.style.display") == "none"
         view.mouse.move(box["x"] + 60, box["y"] + box["height"] / 2)
         assert "cpc loss" not in figure.locator("output").inner_text()
+        view.mouse.move(0, 0)
+        if folder := os.environ.get("REPORT_SCREENSHOTS"):
+            view.screenshot(path=f"{folder}/report.png", full_page=True)
         browser.close()
     assert not errors
     assert set(asked) <= {file.as_uri(), *(url for url in asked if url.startswith("data:"))}
