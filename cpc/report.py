@@ -194,7 +194,8 @@ def by_position(run: Run, splits: Splits) -> str:
         f"Of each direction, by the place of the patch that is predicted: the share of {len(images)} "
         f"{'training' if splits.test is None else 'held-out'} images in which it is told from all patches of "
         f"{min(TOGETHER, len(images))} of them, the mean over offsets {', '.join(map(str, offsets))}. "
-        "Blank: nothing predicts it. Beside a direction, the mean of its cells."
+        "Blank: nothing predicts it. Patches that are all alike, such as empty ones, are not told from one another. "
+        "Beside a direction, the mean of its cells."
     )
     return heat_maps(f"{run.name}: where on the grid the right patch is found", grids, note)
 
@@ -209,7 +210,7 @@ def augmentation(run: Run, splits: Splits) -> Iterator[str]:
     if node:
         augment = build(OmegaConf.create(node))
         data = as_data(lambda file: augmented(run.folder, augment, splits, file))
-        yield _picture(data, f"{run.name}: patches as the run augments them, each by itself")
+        yield _picture(data, f"{run.name}: a patch, and beside it as the run augments it, drawn anew each time")
 
 
 def _picture(data: str, title: str) -> str:

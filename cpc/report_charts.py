@@ -155,7 +155,9 @@ def heat_maps(title: str, grids: Mapping[str, Sequence[Sequence[float]]], note: 
 
 
 def _cell(value: float, largest: float) -> str:
-    return "<td></td>" if math.isnan(value) else f'<td style="--share:{value / largest:.3f}">{100 * value:.0f}</td>'
+    if math.isnan(value):
+        return "<td></td>"
+    return f'<td style="--share:{value / largest:.3f}">{100 * value:.{0 if largest >= 0.1 else 1}f}</td>'
 
 
 def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool] = ()) -> str:

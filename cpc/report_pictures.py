@@ -190,14 +190,12 @@ def augmented(run: Path, augment: nn.Module, splits: Splits, file: Path) -> None
     chosen = patches[torch.arange(len(patches)), busiest]
     alike = repeat(chosen, "b c ph pw -> b 1 draws c ph pw", draws=DRAWS)
     drawn = augment(alike, Randomness(0, 0, torch.arange(len(chosen))))[:, 0]
-    figure, grid = new_figure(len(chosen), 1 + DRAWS, (0.72 * (1 + DRAWS) + 0.3, 0.72 * len(chosen) + 0.3))
+    figure, grid = new_figure(len(chosen), 1 + DRAWS, (0.72 * (1 + DRAWS) + 0.3, 0.72 * len(chosen) + 0.1))
     for line, patch in enumerate(chosen):
         for axes, shown in zip(grid[line], (patch, *drawn[line]), strict=True):
             axes.imshow(shown.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
-    for axes, title in zip(grid[0], ["patch", "as it is augmented, drawn anew each time"], strict=False):
-        axes.set_title(title, fontsize=9, color=INK, loc="left").set_in_layout(False)
     save_figure(figure, file)
 
 

@@ -182,7 +182,8 @@ def found_slowly(run, images, direction, offset):
             if 0 <= source[0] < rows and 0 <= source[1] < cols:
                 predictions = seen[:, source[0], source[1]] @ kept[f"{head}.weight"].T + kept[f"{head}.bias"]
                 scores = [targets @ prediction for prediction in predictions]
-                hits = [bool(scores[image][image, row, col] == scores[image].max()) for image in range(n)]
+                # as high as it only itself: a digit's empty corners are all alike, and none is told from the others
+                hits = [int((score >= score[image, row, col]).sum()) == 1 for image, score in enumerate(scores)]
                 found[row, col] = sum(hits) / n
     return found
 

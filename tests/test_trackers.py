@@ -176,6 +176,15 @@ def test_a_run_goes_on_in_the_same_one_and_learns_the_same(compose, interrupted_
     assert not {"tensorboard", "wandb", "trackers.json"} & {file.name for file in (tmp_path / "plain").iterdir()}
 
 
+@pytest.mark.slow
+def test_of_several_processes_one_sends(launch_tool, tmp_path):
+    options = [*TINY, "steps=2", "device=cpu", "trackers=[wandb]", f"run_dir={tmp_path / 'two'}"]
+    ended = launch_tool("tools/pretrain_cpc.py", *options, processes=2)
+    assert ended.returncode == 0, ended.stderr
+    assert len(list((tmp_path / "two").glob("wandb/offline-run-*"))) == 1
+    assert [row["step"] for row in wandb_run(tmp_path / "two")[2]] == [1, 2]
+
+
 def test_one_that_fails_is_left_out_with_one_warning(tmp_path, capsys):
     with RunLog(tmp_path, start=0, steps=4, trackers=["tensorboard", "wandb"], config=CONFIG) as log:
         log.write({"step": 1, "loss": 2.5})
