@@ -106,7 +106,7 @@ class Trackers:
     def close(self) -> None:
         """Write what is still to be written."""
         for name, tracker in list(self._open.items()):
-            self._tried(name, tracker.finish)
+            self._tried(name, _finish_trackio if name == "trackio" else tracker.finish)
 
     def _tried(self, name: str, call: Callable[[], Any]) -> Any:
         try:
@@ -162,3 +162,10 @@ def _trackio(run_dir: Path, config: dict[str, Any], start: int) -> Any:
     )
     tracker.start()
     return tracker
+
+
+def _finish_trackio() -> None:
+    """By accelerate's finish trackio would not know that it has ended, and end it again at exit, which prints a line."""
+    import trackio
+
+    trackio.finish()

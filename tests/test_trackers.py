@@ -137,6 +137,7 @@ def test_trackio_has_the_rows_and_the_configuration(tmp_path):
     )
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "store"), "HF_HUB_OFFLINE": "1"}
     (tmp_path / "run").mkdir()
+    printed = ""
     for command in (
         [code, str(Path(__file__).parent), str(tmp_path / "run"), "0"],
         [code, str(Path(__file__).parent), str(tmp_path / "run"), "2"],
@@ -146,7 +147,9 @@ def test_trackio_has_the_rows_and_the_configuration(tmp_path):
             [sys.executable, "-c", *command], env=environment, capture_output=True, text=True, check=False
         )
         assert ended.returncode == 0, ended.stderr
-    assert "left out" not in ended.stderr
+        printed += ended.stdout
+    assert printed.count("Run finished") == 2  # not once more at exit, where a quiet tool prints its folder alone
+    assert "left out" not in printed
     name, config, logs = json.loads(ended.stdout.splitlines()[-1])
     assert name == json.loads((tmp_path / "run/trackers.json").read_text())["trackio"]
     assert name.startswith("run-")
