@@ -55,7 +55,7 @@ class RunLog:
         self._quiet = logger.level >= logging.WARNING
         options = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0, "disable": self._quiet}
         self._bar = tqdm(total=steps, initial=start, **options)
-        self._trackers = Trackers(run_dir, trackers, config or {}, start, lambda text: self.say(text, warning=True))
+        self._trackers = Trackers(run_dir, trackers, config or {}, start=start, warn=self._warn, quiet=self._quiet)
 
     def __enter__(self) -> RunLog:
         return self
@@ -79,6 +79,9 @@ class RunLog:
             self._bar.set_postfix_str(
                 f"loss {row['loss']:.3f}{chance}, {row.get('images_per_second', float('nan')):.0f} images/s"
             )
+
+    def _warn(self, text: str) -> None:
+        self.say(text, warning=True)
 
     def say(self, text: str, *, warning: bool = False) -> None:
         """Print a line above the progress bar; where there is none, warnings alone, on stderr."""

@@ -77,22 +77,34 @@ class Trackers:
     Args:
         run_dir: the run's folder, which is there. names: of `TRACKERS`. config: what they show as its configuration.
         start: optimizer steps done before. warn: told in a line which tracker failed; the run goes on without it.
+        quiet: nothing of their own is to be printed.
 
     Example: with `names=[]` nothing is written.
     """
 
     def __init__(
-        self, run_dir: Path, names: Sequence[str], config: Mapping[str, Any], start: int, warn: Callable[[str], None]
+        self,
+        run_dir: Path,
+        names: Sequence[str],
+        config: Mapping[str, Any],
+        *,
+        start: int,
+        warn: Callable[[str], None],
+        quiet: bool = False,
     ) -> None:
         self._warn = warn
-        starts = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+        starts: dict[str, Callable[..., Any]] = {
+            "tensorboard": partial(_tensorboard, start=start),
+            "wandb": partial(_wandb, quiet=quiet),
+            "trackio": _trackio,
+        }
         self._open: dict[str, Any] = {}
         if names:
             from accelerate import PartialState
 
             PartialState()  # there already where a run is; accelerate's classes ask it who they are
         for name in names:
-            tracker = self._tried(name, partial(starts[name], run_dir, dict(config), start))
+            tracker = self._tried(name, partial(starts[name], run_dir, dict(config)))
             self._open |= {} if tracker is None else {name: tracker}
 
     def log(self, row: Mapping[str, float]) -> None:
@@ -130,8 +142,8 @@ def _tensorboard(run_dir: Path, config: dict[str, Any], start: int) -> Any:
     return tracker
 
 
-def _wandb(run_dir: Path, config: dict[str, Any], start: int) -> Any:
-    """`start` is not needed: rows have their step as a value, by which they are drawn."""
+def _wandb(run_dir: Path, config: dict[str, Any], quiet: bool) -> Any:
+    """Rows have their step as a value, by which they are drawn."""
     from accelerate.tracking import WandBTracker
 
     offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
@@ -142,14 +154,14 @@ def _wandb(run_dir: Path, config: dict[str, Any], start: int) -> Any:
         dir=str(run_dir),
         config=config,
         resume=None if offline else "allow",  # offline it warns that it cannot know; the id is what counts
-        settings={"console": "off"},  # the progress bar is no log
+        settings={"console": "off"} | ({"silent": True} if quiet else {}),  # the progress bar is no log
     )
     tracker.start()
     tracker.tracker.define_metric("*", step_metric="step")
     return tracker
 
 
-def _trackio(run_dir: Path, config: dict[str, Any], start: int) -> Any:
+def _trackio(run_dir: Path, config: dict[str, Any]) -> Any:
     """It knows a run by its name; accelerate's store_init_configuration would add a key to the configuration."""
     from accelerate.tracking import TrackioTracker
 
@@ -165,7 +177,7 @@ def _trackio(run_dir: Path, config: dict[str, Any], start: int) -> Any:
 
 
 def _finish_trackio() -> None:
-    """By accelerate's finish trackio would not know that it has ended, and end it again at exit, which prints a line."""
+    """Accelerate's finish ends the run alone: trackio ends it again at exit, which prints a line."""
     import trackio
 
     trackio.finish()

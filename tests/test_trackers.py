@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+import cpc.pretrain
 from contrastive_core import trackers
 from contrastive_core.run_log import RunLog, read_metrics
 from contrastive_core.trackers import check_trackers, dotted
@@ -55,12 +57,14 @@ def records_of(file):
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, started, found = file.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     while at + 7 <= len(data):
         if (1 << 15) - at % (1 << 15) < 7:
             at += (1 << 15) - at % (1 << 15)
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + length > len(data):
+            break  # still being written
         started += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -69,11 +73,20 @@ def records_of(file):
     return found
 
 
+def ended_records_of(file):
+    """Once the run has ended: wandb's own process may write the last of the file after `finish` has returned."""
+    until = time.monotonic() + 20
+    while not any(record.HasField("exit") for record in (records := records_of(file))):
+        assert time.monotonic() < until, f"{file} does not end"
+        time.sleep(0.05)
+    return records
+
+
 def wandb_run(run_dir):
     """Of the only run of wandb in a folder, over all times that it went on: its ids, configuration and rows."""
     ids, config, rows = set(), {}, []
     for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns):
-        for record in records_of(file):
+        for record in ended_records_of(file):
             if record.HasField("run"):
                 ids.add(record.run.run_id)
                 config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
@@ -186,6 +199,14 @@ def test_of_several_processes_one_sends(launch_tool, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert len(list((tmp_path / "two").glob("wandb/offline-run-*"))) == 1
     assert [row["step"] for row in wandb_run(tmp_path / "two")[2]] == [1, 2]
+
+
+def test_quietly_it_says_nothing(call_tool, monkeypatch, capfd, tmp_path):
+    monkeypatch.delenv("WANDB_SILENT")
+    options = [*TINY, "steps=1", "trackers=[wandb]", "verbosity=quiet"]
+    call_tool(cpc.pretrain.main, *options, f"run_dir={tmp_path / 'quiet'}")
+    assert capfd.readouterr() == (f"{tmp_path / 'quiet'}\n", "")
+    assert [row["step"] for row in wandb_run(tmp_path / "quiet")[2]] == [1]
 
 
 def test_one_that_fails_is_left_out_with_one_warning(tmp_path, capsys):
