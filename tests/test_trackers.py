@@ -76,16 +76,18 @@ def records_of(file):
 def ended_records_of(file):
     """Once the run has ended: wandb's own process may write the last of the file after `finish` has returned."""
     until = time.monotonic() + 20
-    while not any(record.HasField("exit") for record in (records := records_of(file))):
+    records = records_of(file)
+    while not any(record.HasField("exit") for record in records):
         assert time.monotonic() < until, f"{file} does not end"
         time.sleep(0.05)
+        records = records_of(file)
     return records
 
 
 def wandb_run(run_dir):
     """Of the only run of wandb in a folder, over all times that it went on: its ids, configuration and rows."""
     ids, config, rows = set(), {}, []
-    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns):
+    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         for record in ended_records_of(file):
             if record.HasField("run"):
                 ids.add(record.run.run_id)
@@ -130,6 +132,7 @@ def test_wandb_has_the_rows_and_the_configuration(tmp_path):
     first, config, rows = wandb_run(tmp_path)
     assert config == CONFIG
     assert rows == ROWS
+    time.sleep(1)  # the folders of a run that goes on are told apart by the second
     written(tmp_path, "wandb", start=2)
     again, _, rows = wandb_run(tmp_path)
     assert again == first == json.loads((tmp_path / "trackers.json").read_text())["wandb"]
@@ -178,6 +181,7 @@ def test_a_run_goes_on_in_the_same_one_and_learns_the_same(compose, interrupted_
     both = "trackers=[tensorboard,wandb]"
     with interrupted_at(2):
         run("tracked", both)
+    time.sleep(1)
     run("tracked", both, "resume=auto")
     run("plain", "trackers=[]")
     _, config, rows = wandb_run(tmp_path / "tracked")
