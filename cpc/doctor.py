@@ -26,6 +26,10 @@ from typing import Any, NamedTuple
 DISTRIBUTION = "cpc-images"
 MODULES = {"hydra-core": "hydra", "pillow": "PIL", "scikit-learn": "sklearn"}
 """Of distributions that are imported by another name than their own."""
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""What a CPU says that multiplies bfloat16: x86's two, and ARM's."""
+BF16_CAPABILITY = (8, 0)
+"""CUDA's compute capability from which a GPU does: Ampere's."""
 LAUNCHERS = ("joblib", "submitit", "ray")
 MIB, GIB = 2**20, 2**30
 
@@ -184,7 +188,7 @@ def devices() -> list[tuple[str, int, tuple[int, int]]]:
 def gpus(found: Sequence[tuple[str, int, tuple[int, int]]]) -> Iterator[Finding]:
     """A line for each GPU, with its memory and whether it multiplies bfloat16."""
     for index, (name, size, capability) in enumerate(found):
-        bf16 = capability >= (8, 0)
+        bf16 = capability >= BF16_CAPABILITY
         text = f"{name}, {size / GIB:.0f} GiB, compute capability {capability[0]}.{capability[1]}: "
         text += "precision=bf16 in hardware" if bf16 else "no bf16 in hardware, pass precision=fp16"
         yield Finding(f"gpu {index}", "ok" if bf16 else "note", text)
@@ -205,7 +209,7 @@ def cpu_flags(cpuinfo: str) -> set[str]:
 
 def cpu(flags: set[str]) -> Iterator[Finding]:
     """Whether the CPU multiplies bfloat16."""
-    able = sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    able = sorted(flags & BF16_FLAGS)
     text = f"bf16 in hardware ({', '.join(able)}): precision=bf16 is faster"
     other = "no bf16 in hardware: leave precision=no on the CPU, bf16 would be emulated and slower"
     yield Finding("cpu bf16", "ok" if able else "note", text if able else other)

@@ -31,6 +31,7 @@ from contrastive_core.data import TooManyBadImages, UndecodableImage
 from contrastive_core.optim import linear_scaling, square_root_scaling
 from cpc.command_help import help_text
 from cpc.configs import config_folder
+from cpc.fast_precision import fast_precision
 from cpc.prediction import first_disjoint_offset
 from cpc.verbosity import is_main_process, speaking, take_verbosity, versions
 
@@ -65,6 +66,7 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
     "add": lambda *numbers: sum(numbers),
     "ceil_divide": first_disjoint_offset,
     "epochs": epochs,
+    "fast_precision": fast_precision,
     "linear_scaling": linear_scaling,
     "square_root_scaling": square_root_scaling,
 }

@@ -29,7 +29,7 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -235,6 +235,8 @@ def main() -> None:
             raise ValueError("--devices, --images-per-second, --memory and --link must be above 0")
         with config_search():
             cfg = hydra.compose("pretrain", asked.overrides)
+        if "fast_precision" in str(OmegaConf.to_container(cfg).get("precision")):  # type: ignore[union-attr]
+            cfg.precision = "bf16"  # of the GPU that is planned for, not of this machine
         check_complete(cfg)
         machine = Machine(asked.devices, asked.memory, asked.link, asked.images_per_second, asked.price)
         lines = described(cfg, need(cfg), machine)

@@ -108,6 +108,16 @@ def test_a_mistake_is_one_line(arguments, message, call_tool, capsys):
     assert line.startswith(message)
 
 
+def test_precision_is_the_planned_machines_and_not_this_ones(call_tool, capsys, monkeypatch):
+    monkeypatch.setattr("cpc.fast_precision.BF16_FLAGS", frozenset())  # a CPU without bf16
+    said = {}
+    for given in ("left open", "bf16", "no"):
+        precision = [] if given == "left open" else [f"precision={given}"]
+        call_tool(main, "experiment=cifar10_cpc", "data.train=x", *precision, "--images-per-second", "10")
+        said[given] = capsys.readouterr().out
+    assert said["left open"] == said["bf16"] != said["no"]
+
+
 def test_from_the_command_line(run_tool):
     done = run_tool("tools/plan.py", *PAPER, "--devices", "8", "--images-per-second", "199.6")
     assert done.returncode == 0, done.stderr
