@@ -40,7 +40,7 @@ def commit() -> str:
 
 
 def write(name: str, command: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write NAME.json into benchmarks/results, or another folder of the checkout; returns its path."""
+    """Write NAME.json into benchmarks/results, or another folder; returns its path."""
     folder.mkdir(exist_ok=True)
     packages = ("torch", "torchvision", "kornia", "accelerate", "scikit-learn")
     record = {
@@ -53,7 +53,7 @@ def write(name: str, command: str, results: dict[str, Any], folder: Path = RESUL
     }
     path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {path.relative_to(ROOT)}")
+    print(f"written to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return path
 
 

@@ -48,6 +48,7 @@ from contrastive_core.randomness import Randomness
 from cpc.context import DIRECTIONS, ContextNetwork, turn
 from cpc.encoders import resnet_small
 from cpc.entry import config_search
+from cpc.fast_precision import fast_precision
 from cpc.patch_augment import patch_augment_v2
 from cpc.pretrain import build_method
 
@@ -142,61 +143,133 @@ def our_step() -> tuple[nn.Module, Tensor]:
 
 def step(rounds: int) -> dict[str, Any]:
     """Figure 1 of what was asked for: the step over its encoder, over its arithmetic, and the plain one over it."""
-    method, patches = our_step()
-    plain, places = PlainCPC(), torch.arange(IMAGES)
+    sides = steps_sides(*our_step()) | plain_sides()
+    if fast_precision("cpu") == "bf16":
+        sides |= {f"{name}, bf16": in_bf16(side) for name, side in sides.items()}
+    times = turns(sides, rounds)
+    found: dict[str, Any] = {"seconds": {name: spread(each) for name, each in times.items()}}
+    for mark in ("", ", bf16"):
+        if f"step{mark}" not in times:
+            continue
+        ours, encoders, contexts = (times[f"{name}{mark}"] for name in ("step", "encoder", "context networks"))
+        beyond = [1 - (e + c) / s for e, c, s in zip(encoders, contexts, ours, strict=True)]
+        found |= {
+            f"over_the_encoder{mark}": ratios(times, f"encoder{mark}")[f"step{mark}"],
+            f"beyond_encoder_and_context{mark}": spread(beyond),
+            f"plain_over_ours{mark}": ratios(times, f"step{mark}")[f"plain{mark}"],
+        }
+    if "step, bf16" in times:
+        found["plain_in_fp32_over_ours_in_bf16"] = ratios(times, "step, bf16")["plain"]
+    return found
+
+
+def steps_sides(method: nn.Module, patches: Tensor) -> dict[str, Callable[[int], Any]]:
+    """Our step, its encoder and its context networks by themselves: forward and backward."""
+    places = torch.arange(IMAGES)
     latents = torch.rand(IMAGES, GRID, GRID, 256, requires_grad=True)
 
     def contexts(_: int) -> None:
         for direction in DIRECTIONS:
             method.contexts[direction](turn(latents, direction)).sum().backward()  # type: ignore[index]
 
-    sides: dict[str, Callable[[int], Any]] = {
+    return {
         "encoder": lambda _: method.encoder(patches.flatten(0, 2)).sum().backward(),  # type: ignore[operator]
         "context networks": contexts,
         "step": lambda _: method(Batch((patches,), places, places))[0].backward(),
+    }
+
+
+def plain_sides() -> dict[str, Callable[[int], Any]]:
+    """The plain version's step, and its encoder's share of it."""
+    plain, (_, patches) = PlainCPC(), our_step()
+    return {
         "plain": lambda _: plain(patches).backward(),
         "plain encoder": lambda _: plain.encoder(patches.flatten(0, 2).contiguous()).sum().backward(),
     }
-    times = turns(sides, rounds)
-    beyond = [
-        1 - (e + c) / s for e, c, s in zip(times["encoder"], times["context networks"], times["step"], strict=True)
-    ]
-    return {
-        "seconds": {name: spread(each) for name, each in times.items()},
-        "over_the_encoder": ratios(times, "encoder")["step"],
-        "beyond_encoder_and_context": spread(beyond),
-        "plain_over_ours": ratios(times, "step")["plain"],
-    }
+
+
+def in_bf16(side: Callable[[int], Any]) -> Callable[[int], Any]:
+    """The same under autocast, as accelerate has it."""
+
+    def run(round_: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            side(round_)
+
+    return run
 
 
 def encoder(rounds: int) -> dict[str, Any]:
-    """Figure 2: the encoder's operations a second over the best that products of its convolutions' shapes get."""
+    """Figure 2: the encoder's operations a second over those of products of its convolutions' shapes."""
     method, patches = our_step()
     net, flat = method.encoder, patches.flatten(0, 2)
+    shapes = convolutions(net, flat)  # type: ignore[arg-type]
+    found = {"fp32": against_products(partial(_forth_and_back, net, flat), shapes, torch.float32, rounds)}
+    if fast_precision("cpu") == "bf16":
+        side = in_bf16(partial(_forth_and_back, net, flat))
+        found["bf16"] = against_products(side, shapes, torch.bfloat16, rounds)
+    return found
+
+
+def _forth_and_back(net: Any, images: Tensor, _: int) -> None:
+    net(images).sum().backward()
+
+
+def convolutions(net: nn.Module, images: Tensor) -> list[tuple[int, int, int]]:
+    """Every convolution as a product, rows x inner x columns, in the order in which they are used."""
     shapes: list[tuple[int, int, int]] = []
 
     def note(layer: nn.Module, _: Any, out: Tensor) -> None:
         assert isinstance(layer, nn.Conv2d)
         shapes.append((out.shape[0] * out.shape[2] * out.shape[3], layer.weight[0].numel(), layer.out_channels))
 
-    hooks = [layer.register_forward_hook(note) for layer in net.modules() if isinstance(layer, nn.Conv2d)]  # type: ignore[union-attr]
-    net(flat)  # type: ignore[operator]
+    hooks = [layer.register_forward_hook(note) for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+    net(images)
     for hook in hooks:
         hook.remove()
-    operations = sum(3 * 2 * m * k * n for m, k, n in shapes) - 2 * shapes[0][0] * shapes[0][1] * shapes[0][2]
-    sides: dict[str, Callable[[int], Any]] = {"encoder": lambda _: net(flat).sum().backward()}  # type: ignore[operator]
-    for m, k, n in sorted(set(shapes)):
-        rows, weights = torch.rand(m, k), torch.rand(k, n)
-        sides[f"{m} x {k} x {n}"] = partial(lambda a, b, _: a @ b, rows, weights)
+    return shapes
+
+
+def against_products(
+    side: Callable[[int], Any], shapes: list[tuple[int, int, int]], dtype: torch.dtype, rounds: int
+) -> dict[str, Any]:
+    """A network's forward and backward pass over the products that its convolutions are: one forward, two backward.
+
+    "share_of_the_best" is of the rate of the fastest of these products; "share_of_its_own" is the time that the same
+    products take one after the other, each at the rate of its own shape, over the network's.
+    """
+    m, k, n = shapes[0]
+    products = [shape for a, b, c in shapes for shape in ((a, b, c), (b, a, c), (a, c, b))]
+    products.remove((m, n, k))  # no gradient of the images
+    sides: dict[str, Callable[[int], Any]] = {"encoder": side}
+    for shape in sorted(set(products)):
+        sides[_name(shape)] = partial(_product, *_operands(shape, dtype))
     times = turns(sides, rounds)
-    rates = {f"{m} x {k} x {n}": [2 * m * k * n / s for s in times[f"{m} x {k} x {n}"]] for m, k, n in set(shapes)}
-    best = max(rates.values(), key=statistics.median)
-    shares = [operations / s / b for s, b in zip(times["encoder"], best, strict=True)]
+    rates = {shape: [_operations(shape) / s for s in times[_name(shape)]] for shape in set(products)}
+    best = rates[max(rates, key=lambda shape: statistics.median(rates[shape]))]
+    operations = sum(map(_operations, products))
+    alone = [sum(times[_name(shape)][turn_] for shape in products) for turn_ in range(rounds)]
     return {
         "gflops": spread([operations / s / 1e9 for s in times["encoder"]]),
-        "products_gflops": {name: spread([rate / 1e9 for rate in each]) for name, each in sorted(rates.items())},
-        "share_of_the_best": spread(shares),
+        "products_gflops": {_name(shape): spread([rate / 1e9 for rate in rates[shape]]) for shape in sorted(rates)},
+        "share_of_the_best": spread([operations / s / b for s, b in zip(times["encoder"], best, strict=True)]),
+        "share_of_its_own": spread([a / s for a, s in zip(alone, times["encoder"], strict=True)]),
     }
+
+
+def _operations(shape: tuple[int, int, int]) -> int:
+    return 2 * shape[0] * shape[1] * shape[2]
+
+
+def _name(shape: tuple[int, int, int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _operands(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.rand(shape[0], shape[1], dtype=dtype), torch.rand(shape[1], shape[2], dtype=dtype)
+
+
+def _product(left: Tensor, right: Tensor, _: int) -> Tensor:
+    return left @ right
 
 
 # ---- augmentation ----
