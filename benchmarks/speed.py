@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from record import RESULTS, write
+from record import RESULTS, machine, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,7 +48,6 @@ from contrastive_core.randomness import Randomness
 from cpc.context import DIRECTIONS, ContextNetwork, turn
 from cpc.encoders import resnet_small
 from cpc.entry import config_search
-from cpc.fast_precision import fast_precision
 from cpc.patch_augment import patch_augment_v2
 from cpc.pretrain import build_method
 
@@ -144,7 +143,7 @@ def our_step() -> tuple[nn.Module, Tensor]:
 def step(rounds: int) -> dict[str, Any]:
     """Figure 1 of what was asked for: the step over its encoder, over its arithmetic, and the plain one over it."""
     sides = steps_sides(*our_step()) | plain_sides()
-    if fast_precision("cpu") == "bf16":
+    if machine()["bf16_flags"]:
         sides |= {f"{name}, bf16": in_bf16(side) for name, side in sides.items()}
     times = turns(sides, rounds)
     found: dict[str, Any] = {"seconds": {name: spread(each) for name, each in times.items()}}
@@ -204,7 +203,7 @@ def encoder(rounds: int) -> dict[str, Any]:
     net, flat = method.encoder, patches.flatten(0, 2)
     shapes = convolutions(net, flat)  # type: ignore[arg-type]
     found = {"fp32": against_products(partial(_forth_and_back, net, flat), shapes, torch.float32, rounds)}
-    if fast_precision("cpu") == "bf16":
+    if machine()["bf16_flags"]:
         side = in_bf16(partial(_forth_and_back, net, flat))
         found["bf16"] = against_products(side, shapes, torch.bfloat16, rounds)
     return found

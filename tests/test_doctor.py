@@ -214,12 +214,16 @@ def test_limits_of_open_files(limit, state):
     assert only(list(doctor.open_files(limit))).state == state
 
 
-@pytest.mark.parametrize(("flags", "state"), [
-    ("flags\t\t: fpu avx2 avx512_bf16", "ok"), ("flags : amx_bf16 sse", "ok"), ("Features : asimd bf16", "ok"),
-    ("flags : avx2", "note"), ("", "note"),
+@pytest.mark.parametrize(("cpuinfo", "state", "said"), [
+    ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512_bf16", "ok", "avx512_bf16"),
+    ("vendor_id : GenuineIntel\nflags : amx_bf16 avx512_bf16 sse", "ok", "(amx_bf16)"),
+    ("Features : asimd bf16", "ok", "(bf16)"), ("vendor_id : GenuineIntel\nflags : avx512_bf16", "note", "without AMX"),
+    ("flags : avx2", "note", "no bf16"), ("", "note", "no bf16"),
 ])  # fmt: skip
-def test_bf16_of_the_cpu(flags, state):
-    assert only(list(doctor.cpu(doctor.cpu_flags(flags)))).state == state
+def test_bf16_of_the_cpu(cpuinfo, state, said):
+    finding = only(list(doctor.cpu(cpuinfo)))
+    assert finding.state == state
+    assert said in finding.text
 
 
 @pytest.mark.parametrize(("capability", "state", "said"), [

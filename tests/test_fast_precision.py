@@ -18,9 +18,13 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+AMD, INTEL = "vendor_id : AuthenticAMD\n", "vendor_id : GenuineIntel\n"
+
+
 @pytest.mark.parametrize(("said", "expected"), [
-    ("flags : avx2 avx512_bf16", "bf16"), ("flags : amx_bf16 avx2", "bf16"), ("Features : asimd bf16", "bf16"),
-    ("flags : avx2 avx512f avx512_vnni", "no"), ("processor : 0", "no"), ("", "no"),
+    (f"{AMD}flags : avx2 avx512_bf16", "bf16"), (f"{INTEL}flags : amx_bf16 avx2", "bf16"),
+    ("Features : asimd bf16", "bf16"), (f"{INTEL}flags : avx2 avx512_bf16", "no"),
+    (f"{AMD}flags : avx2 avx512f avx512_vnni", "no"), ("processor : 0", "no"), ("", "no"),
 ])  # fmt: skip
 def test_of_a_cpu(no_gpu, tmp_path, said, expected):
     cpuinfo = tmp_path / "cpuinfo"

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -140,7 +139,6 @@ def test_wandb_has_the_rows_and_the_configuration(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio 0.43 wants pillow < 13: not in the test extra")
 def test_trackio_has_the_rows_and_the_configuration(tmp_path):
     """In processes of its own, of a run that goes on: the package looks for its folder when it is imported."""
     code = (

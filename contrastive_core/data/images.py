@@ -84,7 +84,7 @@ def decode_square(encoded: Encoded | Image.Image, size: int) -> np.ndarray:
         # leaves the antialiasing to our own filter
         image.draft(None, (3 * size // 2, 3 * size // 2))
         ImageOps.exif_transpose(image, in_place=True)  # which copies nothing where there is nothing to turn
-    return _centre_square(_as_rgb(image), size)
+    return _centre_square(as_rgb(image), size)
 
 
 def _image_of_array(pixels: np.ndarray) -> Image.Image:
@@ -93,7 +93,8 @@ def _image_of_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Of whatever PIL has opened, as `decode_square` says; ValueError for pixels that are floats."""
     if image.mode == "RGB":
         return image
     if image.mode == "F":
