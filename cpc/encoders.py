@@ -74,9 +74,10 @@ class ResidualBlock(nn.Module):
             inner = outer
         self.shortcut = None
         if stride != 1 or channels != width:
-            # every other pixel and then a 1x1 is a 1x1 of stride 2. With channels_last and fewer channels than AVX2 has
-            # lanes, oneDNN 3.12 writes past the end of its memory in the latter's backward pass (its issue 6035)
-            self.every = stride if channels < 8 else 1
+            # every other pixel and then a 1x1 is a 1x1 of stride 2. With channels_last and fewer channels than a vector
+            # has lanes, 16 with AVX-512, oneDNN 3.12 writes past the end of its memory in the latter's backward pass
+            # (its issue 6035)
+            self.every = stride if channels < 16 else 1
             self.shortcut = nn.Conv2d(channels, width, 1, stride=stride // self.every, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -116,14 +116,15 @@ def test_channel_norm_is_over_channels_of_one_position():
     torch.testing.assert_close(ChannelNorm(6)(images), expected)
 
 
-@pytest.mark.parametrize("width", [4, 6, 8])
-def test_narrow_trunks_have_the_same_gradients_in_either_memory_layout(width):
-    """Below 8 channels oneDNN's strided 1x1 corrupted the heap here on AVX2: wrong gradients, then an abort."""
+@pytest.mark.parametrize(("width", "count", "side"), [(4, 32, 28), (6, 32, 28), (8, 2, 64), (12, 2, 64), (16, 2, 64)])
+def test_narrow_trunks_have_the_same_gradients_in_either_memory_layout(width, count, side):
+    """Below 8 channels on AVX2, and below 16 on AVX-512, oneDNN's strided 1x1 corrupted the heap here: wrong gradients,
+    then an abort."""
     gradients = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
         trunk = resnet_small(width=width, norm="none").to(memory_format=layout)
-        images = torch.rand(32, 3, 28, 28).to(memory_format=layout)
+        images = torch.rand(count, 3, side, side).to(memory_format=layout)
         for _ in range(5):
             trunk.zero_grad()
             trunk(images).square().sum().backward()
