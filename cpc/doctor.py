@@ -208,8 +208,8 @@ def cpu_flags(cpuinfo: str) -> set[str]:
 def fast_bf16(cpuinfo: str) -> list[str]:
     """The instruction sets by which a CPU multiplies bfloat16 faster than float32, of its /proc/cpuinfo.
 
-    AMX's, ARM's, and avx512_bf16 of AMD: with it an AMD EPYC does 2.3 times float32's operations a second. An Intel Xeon
-    that has it without AMX does half of them, and CPC's encoder takes 1.2 times as long (benchmarks/results/speed.json).
+    AMX's, ARM's, and AMD's avx512_bf16. An Intel Xeon that has it without AMX does half of float32's operations a
+    second by it, and CPC's encoder takes 1.2 times as long (benchmarks/results/speed.json).
 
     Example: `fast_bf16("flags : avx2 amx_bf16") == ["amx_bf16"]`.
     """

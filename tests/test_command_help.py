@@ -13,6 +13,7 @@ import pytest
 import contrastive_core.check
 import cpc.ablate
 import cpc.demo
+import cpc.detect
 import cpc.distill
 import cpc.evaluate
 import cpc.finetune
@@ -33,6 +34,7 @@ from cpc.verbosity import take_verbosity
 HYDRA = {
     "pretrain_cpc": cpc.pretrain.main,
     "pretrain": cpc.pretrain.main_of_any_method,
+    "detect": cpc.detect.main,
     "evaluate": cpc.evaluate.main,
     "finetune": cpc.finetune.main,
     "distill": cpc.distill.main,

@@ -44,7 +44,7 @@ def names(group):
 
 METHODS = names("method")
 EXPERIMENTS = [
-    name for name in names("experiment") if "finetune" not in name and "distill" not in name
+    name for name in names("experiment") if not any(tool in name for tool in ("finetune", "distill", "detection"))
 ]  # of pretrain.yaml
 PATCHES = [name for name in EXPERIMENTS if name.startswith("ladder") or "_cpc" in name]
 IMAGES = [name for name in EXPERIMENTS if name not in PATCHES]
@@ -383,6 +383,7 @@ def test_every_yaml_belongs_to_a_group_that_is_tested_here():
     groups = {file.parent.name for file in CONFIGS.rglob("*.yaml")} - {CONFIGS.name}
     assert groups <= {
         "accelerate",  # tests/test_clusters.py
+        "boxes",  # tests/test_detection.py
         "data",
         "encoder",
         "experiment",

@@ -17,6 +17,7 @@ PACKAGES = ("contrastive_core", "cpc")
 ENTRY_POINTS = {
     "cpc/ablate.py",
     "cpc/demo.py",
+    "cpc/detect.py",
     "cpc/distill.py",
     "cpc/entry.py",
     "cpc/evaluate.py",

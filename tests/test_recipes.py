@@ -24,7 +24,8 @@ CONFIGS = Path(config_folder())
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 METHODS = sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml"))
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
-EXPERIMENTS = [name for name in EXPERIMENTS if "finetune" not in name and "distill" not in name]  # of pretrain.yaml
+OTHER_TOOLS = ("finetune", "distill", "detection")
+EXPERIMENTS = [name for name in EXPERIMENTS if not any(tool in name for tool in OTHER_TOOLS)]  # of pretrain.yaml
 SIDE, BATCH = 28, 16
 
 
