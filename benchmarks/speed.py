@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --photos caltech101-train.parquet       # make bench; 10 minutes on two quiet cores
     python benchmarks/speed.py --parts step patches                    # some of it; the rest of the file stays
+    python benchmarks/speed.py --plot                                  # docs/speed.png from what was recorded
 
     step       a step of CPC v2 at STL-10's size (64 px, 49 patches of 16 px, ResNet-14, 16 images, four context
                networks of five blocks, all positions as candidates) against its encoder, its context networks, and a
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from record import RESULTS, machine, write
+from record import RESULTS, ROOT, machine, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +45,7 @@ from contrastive_core.augment.views import simclr
 from contrastive_core.data import ImageDataset, imagefolder, parquet
 from contrastive_core.losses import nt_xent
 from contrastive_core.method import Batch
+from contrastive_core.plots import BLUE, INK, RUST, new_figure, save_figure, tidy_axes
 from contrastive_core.randomness import Randomness
 from cpc.context import DIRECTIONS, ContextNetwork, turn
 from cpc.encoders import resnet_small
@@ -445,6 +447,51 @@ def losses(rounds: int) -> dict[str, Any]:
     }
 
 
+# ---- the picture ----
+
+BARS = (
+    ("a step of CPC v2, 64 px", "a plain version", ("step", "plain_over_ours")),
+    ("CPC v2's patches, augmented", "kornia", ("patches", "kornia_over_ours")),
+    ("SimCLR's two views, 96 px", "kornia", ("views", "kornia_over_ours")),
+    ("SimCLR's two views, 96 px", "torchvision v2", ("views", "torchvision_over_ours")),
+    (
+        "500x375 JPEGs to 96 px",
+        "torchvision",
+        ("loader", "photographs brought to 500x375, to 96 px", "torchvision_over_ours"),
+    ),
+    (
+        "500x375 JPEGs to 224 px",
+        "torchvision",
+        ("loader", "photographs brought to 500x375, to 224 px", "torchvision_over_ours"),
+    ),
+    ("NT-Xent of 256 images", "lightly", ("losses", "over_ours", "lightly")),
+)
+"""What is compared, with what, and where the ratio stands in the record."""
+
+
+def plot(parts: dict[str, Any], path: Path) -> None:
+    """How many times our time each of the others takes, median and range over turns, to a PNG."""
+    figure, grid = new_figure(1, 1, (7.6, 3.3))
+    axes = grid[0, 0]
+    for place, (what, other, keys) in enumerate(BARS):
+        found: Any = parts
+        for key in keys:
+            found = found[key]
+        middle = found["median"]
+        axes.barh(place, middle, height=0.62, color=BLUE)
+        axes.plot([found["least"], found["most"]], [place, place], color=INK, linewidth=1.2)
+        axes.text(found["most"] + 0.08, place, f"{middle:.1f}x  {other}", va="center", color=INK, fontsize=9)
+        axes.text(-0.08, place, what, va="center", ha="right", color=INK, fontsize=9)
+    axes.axvline(1, color=RUST, linewidth=1.2)
+    axes.text(1.04, -0.62, "ours = 1", color=RUST, fontsize=9, va="center")
+    axes.set_ylim(len(BARS) - 0.5, -0.95)
+    axes.set_xlim(0, 1.35 * max(1.0, *(patch.get_width() for patch in axes.patches)))
+    axes.set_yticks([])
+    tidy_axes(axes, "times our time, two threads (JPEGs: one)", "")
+    axes.grid(visible=False)
+    save_figure(figure, path)
+
+
 PARTS: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
     "step": (step, 7), "encoder": (encoder, 7), "patches": (patches, 7), "views": (views, 7), "loader": (loader, 5),
     "losses": (losses, 7),
@@ -457,10 +504,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--photos", type=Path, help="a parquet file of photographs, for the loader")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--plot", action="store_true", help="only draw docs/speed.png")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     file = asked.out / "speed.json"
+    if asked.plot:
+        plot(json.loads(file.read_text())["parts"], ROOT / "docs" / "speed.png")
+        return
     kept = json.loads(file.read_text())["parts"] if file.is_file() else {}
     for name in asked.parts:
         measure, rounds = PARTS[name]

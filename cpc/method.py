@@ -52,8 +52,9 @@ class CPC(Method):
             image in the global batch, none is sampled, none is left out. "other_images" leaves out the other patches
             of the same image, "same_image" takes no others, "random" draws for every prediction anew.
         negatives_k: how many "random" draws, all different.
-        loss: `loss(queries, keys, positive, gather=False) -> scalar`; temperature 10 is the paper's scale of 0.1. With
-            other negatives than all it gets a `mask`, too (`contrastive_core.losses.info_nce`).
+        loss: `loss(queries, keys, positive, gather=False) -> scalar`, a mean over queries, of which a call has those of
+            several directions; temperature 10 is the paper's scale of 0.1. With other negatives than all it gets a
+            `mask`, too (`contrastive_core.losses.info_nce`).
 
     The view of a batch is a patch grid `b rows cols c ph pw`. What is drawn at random is a function of the batch's
     `randomness`: the same on any number of processes, and after a resume.
@@ -127,26 +128,48 @@ class CPC(Method):
         held = sum(counts) if self.gather else min(counts)  # the same on all processes, which raise alike
         number_of_negatives = count_negatives(self.negatives, self.negatives_k, held // (rows * cols), rows * cols)
         compared_by = self._choice(representations, len(targets))
-        losses, metrics = [], {}
-        for direction in self.directions:
-            for offset in self.offsets:
-                predictions = rearrange(representations[f"{direction}_{offset}"], "b rows cols d -> (b rows cols) d")
-                positive = positive_cells(b, rows, cols, offset, direction, local.device) + first
-                compared = compared_by(positive, f"{direction}_{offset}")
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        for offset in self.offsets:
+            for directions in self._alike(rows, cols):
+                names = [f"{direction}_{offset}" for direction in directions]
+                parts = [rearrange(representations[name], "b rows cols d -> (b rows cols) d") for name in names]
+                cells = [positive_cells(b, rows, cols, offset, each, local.device) + first for each in directions]
+                predictions, positive = torch.cat(parts), torch.cat(cells)
+                compared = compared_by(positive, names)
                 options = {} if compared is None else {"mask": as_mask(compared, local.device)}
-                losses.append(self.loss(predictions, targets, positive, gather=False, **options))
-                accuracy = contrast_accuracy(predictions, targets, positive, compared=compared)
-                metrics[f"accuracy/{direction}_{offset}"] = accuracy
+                loss = self.loss(predictions, targets, positive, gather=False, **options)
+                losses.append(loss * len(directions) / (len(self.directions) * len(self.offsets)))
+                metrics |= self._accuracies(names, predictions, targets, positive, compared)
         metrics["accuracy"] = torch.stack(list(metrics.values())).mean()
         metrics["chance_loss"] = self._chance_loss(predictions, targets, positive, **options)
         metrics |= spread_metrics(local)
         metrics["feature_std"] = feature_std(representations["mean"])
         metrics["negatives"] = torch.tensor(float(number_of_negatives))
         metrics["ranks"] = torch.tensor(float(len(counts)))
-        return torch.stack(losses).mean() * mean_weight(counts), metrics
+        return torch.stack(losses).sum() * mean_weight(counts), metrics
 
-    def _choice(self, representations: dict[str, Tensor], m: int) -> Callable[[Tensor, str], Compared | None]:
-        """By the positives of a direction and an offset, and its name: the candidates of each prediction; None = all.
+    def _alike(self, rows: int, cols: int) -> list[list[str]]:
+        """Directions with equally many predictions, of which one call has the mean: on a square grid, all of them."""
+        turned = [direction for direction in self.directions if direction in ("right", "left")]
+        upright = [direction for direction in self.directions if direction not in turned]
+        return [list(self.directions)] if rows == cols else [group for group in (upright, turned) if group]
+
+    def _accuracies(
+        self, names: list[str], predictions: Tensor, targets: Tensor, positive: Tensor, compared: Compared | None
+    ) -> dict[str, Tensor]:
+        """Of each of several directions, whose predictions follow one another."""
+        n = len(predictions) // len(names)
+        found = {}
+        for place, name in enumerate(names):
+            own = slice(place * n, (place + 1) * n)
+            within = None if compared is None else partial(_of_part, compared, own.start)
+            accuracy = contrast_accuracy(predictions[own], targets, positive[own], compared=within)
+            found[f"accuracy/{name}"] = accuracy
+        return found
+
+    def _choice(self, representations: dict[str, Tensor], m: int) -> Callable[[Tensor, list[str]], Compared | None]:
+        """By the positives of some directions and an offset, and their names: each prediction's candidates; None = all.
 
         m: targets.
         """
@@ -161,10 +184,24 @@ class CPC(Method):
             # images by their place in the global batch: micro-batches that are joined stand in another order
             image = (all_gather(places) if self.gather else places).argsort().argsort()
             number = (image[:, None] * cells + torch.arange(cells, device=image.device)).flatten()
-            return lambda positive, what: at_random(positive, query_keys(keys, len(positive), what), count, number)
+
+            def drawn(positive: Tensor, names: list[str]) -> Compared:
+                of_each = [query_keys(keys, len(positive) // len(names), name) for name in names]
+                return at_random(positive, torch.cat(of_each), count, number)
+
+            return drawn
         return lambda positive, _: None
 
     @torch.no_grad()
     def _chance_loss(self, predictions: Tensor, targets: Tensor, positive: Tensor, **options: Any) -> Tensor:
-        """The loss where every score is 0: log(candidates), or what it is for another loss."""
-        return self.loss(torch.zeros_like(predictions), torch.zeros_like(targets), positive, gather=False, **options)
+        """The loss where every score is 0: log(candidates), or what it is for another loss.
+
+        Of one query: all have as many candidates.
+        """
+        one = torch.zeros_like(predictions[:1])
+        return self.loss(one, torch.zeros_like(targets), positive[:1], gather=False, **options)
+
+
+def _of_part(compared: Compared, start: int, rows: Tensor) -> Tensor:
+    """The candidates of queries that are counted from `start`."""
+    return compared(rows + start)
