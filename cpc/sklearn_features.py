@@ -163,11 +163,11 @@ def _as_tensor(images: Any, size: int) -> Tensor:
     if isinstance(images, np.ndarray) and images.dtype.kind == "f":
         return torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
     if not (isinstance(images, np.ndarray) and images.dtype == np.uint8):
-        images = np.stack([_square(image, size) for image in images])
+        return torch.stack([_square(image, size) for image in images]).float() / 255
     return rearrange(torch.from_numpy(np.ascontiguousarray(images)), "b h w c -> b c h w").float() / 255
 
 
-def _square(image: Any, size: int) -> np.ndarray:
+def _square(image: Any, size: int) -> Tensor:
     try:
         return decode_square(image if isinstance(image, Image.Image) else Path(image), size)
     except MemoryError:

@@ -37,6 +37,7 @@ from contrastive_core.data import (
 )
 from contrastive_core.data import images as images_module
 from contrastive_core.data import sources as sources_module
+from contrastive_core.data.images import decode_square
 from contrastive_core.data.sources import split_by_hash
 
 
@@ -209,6 +210,22 @@ def test_a_photograph_is_turned_as_its_orientation_says() -> None:
     turned = decoded(encode(image, exif=exif))
     assert turned[0, :, 4:].min() == 255
     assert turned[0, :, :4].max() == 0
+
+
+@pytest.mark.parametrize("side", [40, 2100])
+def test_an_image_in_one_block_and_in_several_has_the_same_pixels(side) -> None:
+    """PIL keeps more than 16 MiB in several blocks, which Arrow's interface does not give."""
+    rows, cols = np.mgrid[:side, :side]
+    pixels = np.stack([rows % 251, cols % 241, (rows + cols) % 239], 2).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    assert torch.equal(decode_square(image, side), torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(decode_square(encode(image, "BMP"), side), torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_a_decoded_image_is_its_own_memory() -> None:
+    image = Image.new("RGB", (8, 8), "red")
+    decode_square(image, 8).zero_()
+    assert image.getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_a_big_jpeg_decodes_near_enough_to_the_slow_way() -> None:
