@@ -32,10 +32,15 @@ def contrast_accuracy(
     Example: with `queries = keys = torch.eye(4)` and `positive = torch.arange(4)` it is 1.
     """
     check_pairs(queries, keys, positive)
-    chosen = to_device(torch.linspace(0, len(queries) - 1, min(limit, len(queries))).round().long(), queries.device)
+    chosen = spread_rows(len(queries), queries.device, limit)
     positive = positive[chosen]
     mask = None if compared is None else compared(chosen)
     return contrast_hits(queries[chosen], keys, positive, mask=mask).float().mean()
+
+
+def spread_rows(n: int, device: torch.device, limit: int = 128) -> Tensor:
+    """At most `limit` of n rows, the first and the last among them. Example: of 5, limit 3, they are 0, 2 and 4."""
+    return to_device(torch.linspace(0, n - 1, min(limit, n)).round().long(), device)
 
 
 @torch.no_grad()

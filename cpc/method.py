@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from contrastive_core.gather import all_gather, first_row, mean_weight, row_counts
 from contrastive_core.losses import info_nce
 from contrastive_core.method import Batch, Method
-from contrastive_core.metrics import contrast_accuracy, feature_std, spread_metrics
+from contrastive_core.metrics import contrast_hits, feature_std, spread_metrics, spread_rows
 from contrastive_core.transfer import to_device
 from cpc.context import DIRECTIONS, ContextNetwork, turn
 from cpc.negatives import (
@@ -158,15 +158,13 @@ class CPC(Method):
     def _accuracies(
         self, names: list[str], predictions: Tensor, targets: Tensor, positive: Tensor, compared: Compared | None
     ) -> dict[str, Tensor]:
-        """Of each of several directions, whose predictions follow one another."""
-        n = len(predictions) // len(names)
-        found = {}
-        for place, name in enumerate(names):
-            own = slice(place * n, (place + 1) * n)
-            within = None if compared is None else partial(_of_part, compared, own.start)
-            accuracy = contrast_accuracy(predictions[own], targets, positive[own], compared=within)
-            found[f"accuracy/{name}"] = accuracy
-        return found
+        """Of each of several directions, whose predictions follow one another: how often the target scores highest."""
+        of_each = spread_rows(len(predictions) // len(names), positive.device)
+        starts = torch.arange(len(names), device=positive.device) * (len(predictions) // len(names))
+        chosen = (starts[:, None] + of_each).flatten()
+        mask = None if compared is None else compared(chosen)
+        hits = contrast_hits(predictions[chosen], targets, positive[chosen], mask=mask)
+        return dict(zip([f"accuracy/{name}" for name in names], hits.view(len(names), -1).float().mean(1), strict=True))
 
     def _choice(self, representations: dict[str, Tensor], m: int) -> Callable[[Tensor, list[str]], Compared | None]:
         """By the positives of some directions and an offset, and their names: each prediction's candidates; None = all.
@@ -200,8 +198,3 @@ class CPC(Method):
         """
         one = torch.zeros_like(predictions[:1])
         return self.loss(one, torch.zeros_like(targets), positive[:1], gather=False, **options)
-
-
-def _of_part(compared: Compared, start: int, rows: Tensor) -> Tensor:
-    """The candidates of queries that are counted from `start`."""
-    return compared(rows + start)

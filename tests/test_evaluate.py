@@ -269,6 +269,18 @@ def test_the_optimum_is_the_one_of_slow_double_precision() -> None:
         assert gradient.abs().max() < 2e-2, "next to a loss of about 90"
 
 
+@pytest.mark.parametrize(
+    ("seed", "rows", "dim", "offset", "noise"), [(21, 20, 16, 1.0, 0.0), (217, 40, 32, 10.0, 1e-3)]
+)
+def test_a_loss_too_flat_for_float32_is_no_fault(seed: int, rows: int, dim: int, offset: float, noise: float) -> None:
+    """Two directions away from 0 are all there is: L-BFGS ended in "ABNORMAL" here, and a sweep's cell with it."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(rows, 2, generator=generator) @ torch.randn(2, dim, generator=generator)
+    features = (features + offset + torch.randn(rows, dim, generator=generator) * noise).relu()
+    labels = torch.arange(rows) % 10
+    assert 0 <= linear_probe(features, labels, features, labels).accuracy <= 1
+
+
 def test_noisy_labels_want_a_strong_regulariser_and_clean_ones_a_weak_one() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 30, generator=generator)
