@@ -8,6 +8,7 @@
                networks of five blocks, all positions as candidates) against its encoder, its context networks, and a
                plain version
     encoder    its operations a second against those of products of the same shapes
+    compiled   encoder and context network against themselves under torch.compile
     patches    CPC v2's augmentation of 80 px patches against kornia's modules of the same operations and probabilities
     views      SimCLR's two views of 96 px against kornia's and torchvision's v2 on tensors
     loader     decoding 500x375 and 640x427 JPEGs against torchvision's ImageFolder, Resize, CenterCrop, ToTensor
@@ -292,6 +293,30 @@ def _product(left: Tensor, right: Tensor, _: int) -> Tensor:
     return left @ right
 
 
+def compiled(rounds: int) -> dict[str, Any]:
+    """Whether `torch.compile` pays here: the encoder and the context networks as they are, over them compiled."""
+    method, patches = our_step()
+    images, latents = patches.flatten(0, 2), torch.rand(IMAGES, GRID, GRID, 256, requires_grad=True)
+    context = method.contexts[DIRECTIONS[0]]  # type: ignore[index]
+    sides = {
+        "encoder": partial(_forth_and_back, method.encoder, images),
+        "encoder, compiled": partial(_forth_and_back, torch.compile(method.encoder), images),
+        "context network": partial(_forth_and_back, context, latents),
+        "context network, compiled": partial(_forth_and_back, torch.compile(context), latents),
+    }
+    if machine()["bf16_flags"]:
+        sides |= {f"{name}, bf16": in_bf16(side) for name, side in sides.items()}
+    times = turns(sides, rounds)  # whose first turn compiles
+    plain = [name for name in sides if "compiled" not in name]
+    named = {
+        name: name.replace("encoder", "encoder, compiled").replace("network", "network, compiled") for name in plain
+    }
+    return {
+        "seconds": {name: spread(each) for name, each in times.items()},
+        "over_compiled": {name: ratios(times, other)[name] for name, other in named.items()},
+    }
+
+
 # ---- augmentation ----
 
 
@@ -512,8 +537,8 @@ def plot(parts: dict[str, Any], path: Path) -> None:
 
 
 PARTS: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
-    "step": (step, 7), "encoder": (encoder, 7), "patches": (patches, 7), "views": (views, 7), "loader": (loader, 5),
-    "losses": (losses, 7),
+    "step": (step, 7), "encoder": (encoder, 7), "compiled": (compiled, 7), "patches": (patches, 7), "views": (views, 7),
+    "loader": (loader, 5), "losses": (losses, 7),
 }  # fmt: skip
 
 

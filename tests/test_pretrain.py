@@ -294,7 +294,7 @@ def test_the_log_is_cut_where_a_run_goes_on(tmp_path):
         read_metrics(tmp_path / "none")
 
 
-def test_from_the_command_line(run_tool, launch_tool, tmp_path):
+def test_from_the_command_line(launch_tool, call_tool, tmp_path, monkeypatch, capsys):
     """One process and two, launched as a user launches them; what does not finish says why in one line."""
     options = tiny("steps=3", "device=cpu", "accumulate=2", "batch_size=16", "averaging=0.9")
     two = launch_tool("tools/pretrain_cpc.py", *options, processes=2)
@@ -317,9 +317,11 @@ def test_from_the_command_line(run_tool, launch_tool, tmp_path):
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-4)
 
-    again = run_tool("tools/pretrain_cpc.py", *options, "run_dir=one")
-    assert again.returncode == 2
-    assert again.stderr == "error: one holds a run: pass resume=auto to go on with it, or another run_dir\n"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        call_tool(main, *options, "run_dir=one")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: one holds a run: pass resume=auto to go on with it, or another run_dir\n"
 
 
 def test_the_probe_looks_at_training_images_only_and_asks_about_others_than_it_holds():
@@ -348,13 +350,12 @@ def test_a_bad_image_is_named_and_counted_and_too_many_stop_the_run(start, tmp_p
         start("steps=6", "bad_images=0", *data, run_dir="strict")
 
 
-def test_grad_cache_on_two_processes_is_the_whole_batch_on_one(run_tool, launch_tool, tmp_path):
+def test_grad_cache_on_two_processes_is_the_whole_batch_on_one(launch_tool, compose, tmp_path):
     options = tiny("steps=3", "device=cpu", "batch_size=16")
     cached = "accumulate=2", "grad_cache=true", "run_dir=two"
     two = launch_tool("tools/pretrain_cpc.py", *options, *cached, processes=2)
     assert two.returncode == 0, two.stderr
-    one = run_tool("tools/pretrain_cpc.py", *options, "run_dir=one")
-    assert one.returncode == 0, one.stderr
+    pretrain(compose(*options, f"run_dir={tmp_path / 'one'}"))
     for a, b in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
         assert (a["ranks"], b["ranks"]) == (2, 1)
         assert a["negatives"] == b["negatives"]

