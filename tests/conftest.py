@@ -151,7 +151,11 @@ def call_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     A start of `run_tool` takes seconds. What the command raises comes through, SystemExit with its exit code.
     """
 
+    from hydra._internal.hydra import Hydra
+
     def call(main: Callable[[], object], *arguments: str) -> None:
+        # hydra composes a configuration twice, first to ask it for hydra.mode, which none of ours sets: half of the time
+        monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
         monkeypatch.setattr(sys, "argv", ["tool.py", *arguments])
         main()
 

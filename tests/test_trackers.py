@@ -154,8 +154,7 @@ def test_trackio_has_the_rows_and_the_configuration(tmp_path):
     printed = ""
     for command in (
         [code, str(Path(__file__).parent), str(tmp_path / "run"), "0"],
-        [code, str(Path(__file__).parent), str(tmp_path / "run"), "2"],
-        [read],
+        [f"{code}; {read}", str(Path(__file__).parent), str(tmp_path / "run"), "2"],
     ):
         ended = subprocess.run(
             [sys.executable, "-c", *command], env=environment, capture_output=True, text=True, check=False
