@@ -106,8 +106,8 @@ class CPC(Method):
             representations |= self._keys(batch, patches.device)
         for direction in self.directions:
             context = self.contexts[self.context_of[direction]](turn(latents, direction))
-            for offset in self.offsets:
-                representations[f"{direction}_{offset}"] = self.heads[direction](context, offset)
+            for offset, predictions in self.heads[direction](context).items():
+                representations[f"{direction}_{offset}"] = predictions
         return representations
 
     def _keys(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:

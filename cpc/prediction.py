@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cpc.context import turn
 
@@ -58,15 +59,22 @@ def positive_cells(
 class PredictionHeads(nn.Module):
     """A linear map (the paper's 1x1 convolution) from context to target space for each offset.
 
-    `forward(context: b rows cols d, offset)` on a turned grid -> predictions `b (rows - offset) cols d'` of the cells
-    `offset` rows ahead.
+    `forward(context: b rows cols d)` on a turned grid -> by offset, predictions `b (rows - offset) cols d'` of the
+    cells `offset` rows ahead.
     """
 
     def __init__(self, dim: int, target_dim: int, offsets: Sequence[int]) -> None:
         super().__init__()
         if target_dim < 1:
             raise ValueError(f"target_dim={target_dim}: pass at least 1")
+        self.offsets, self.target_dim = tuple(offsets), target_dim
         self.heads = nn.ModuleDict({str(offset): nn.Linear(dim, target_dim) for offset in offsets})
 
-    def forward(self, context: Tensor, offset: int) -> Tensor:
-        return self.heads[str(offset)](context[:, : context.shape[1] - offset])
+    def forward(self, context: Tensor) -> dict[int, Tensor]:
+        # All in one product: a slice of the contexts for each offset costs more, in its gradient, than the few rows
+        # from which the nearer offsets are predicted and the others are not.
+        heads = [self.heads[str(offset)] for offset in self.offsets]
+        weight, bias = (torch.cat([getattr(head, name) for head in heads]) for name in ("weight", "bias"))
+        rows = context.shape[1]
+        found = F.linear(context[:, : rows - min(self.offsets)], weight, bias).split(self.target_dim, dim=-1)
+        return {offset: part[:, : rows - offset] for offset, part in zip(self.offsets, found, strict=True)}

@@ -154,7 +154,7 @@ def call_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     from hydra._internal.hydra import Hydra
 
     def call(main: Callable[[], object], *arguments: str) -> None:
-        # hydra composes a configuration twice, first to ask it for hydra.mode, which none of ours sets: half of the time
+        # hydra composes a configuration twice, first to ask for hydra.mode, which ours do not set: half of a start
         monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
         monkeypatch.setattr(sys, "argv", ["tool.py", *arguments])
         main()

@@ -18,7 +18,7 @@ def test_operations_of_a_known_network(compose):
     cfg = compose("encoder.width=4", "encoder.blocks=[1]", "encoder.stem_stride=1", "method.context.layers=0")
     cells, pixels = 36, 64
     encoder = cells * pixels * (3 * 4 * 9 + 2 * 4 * 4 * 9)
-    heads = 4 * (4 + 3 + 2) * 6 * 4 * 64  # of cells that have one 2, 3 and 4 rows ahead
+    heads = 4 * 3 * 4 * 6 * 4 * 64  # of 2, 3 and 4 rows ahead, in one product of the cells that have one 2 rows ahead
     targets = cells * 4 * 64
     assert need(cfg).operations == 3 * 2 * (encoder + heads + targets)
 
@@ -31,7 +31,8 @@ def test_memory_is_that_of_the_parts(compose):
     plain, averaged = need(cfg), need(compose("encoder.width=4", "encoder.blocks=[1]", "averaging=0.9"))
     assert plain.parameters == learning
     steps = 4 * len(list(method.parameters()))  # of Adam, a float for each parameter
-    assert plain.fixed == 4 * 4 * learning + steps
+    together = 4 * sum(head.weight.numel() for heads in method.heads.values() for head in heads.heads.values())
+    assert plain.fixed == 4 * 4 * learning + steps + together
     assert averaged.fixed - plain.fixed == 4 * learning
     assert plain.kept == averaged.kept > 0
 

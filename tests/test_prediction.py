@@ -41,11 +41,11 @@ def test_one_hot_latents_say_where_the_target_is(direction, offset):
 def test_each_offset_has_its_own_head():
     heads = PredictionHeads(4, 3, [1, 2])
     context = torch.rand(2, 5, 4, 4)
-    assert heads(context, 1).shape == (2, 4, 4, 3)
-    assert heads(context, 2).shape == (2, 3, 4, 3)
+    predictions = heads(context)
+    assert {offset: found.shape for offset, found in predictions.items()} == {1: (2, 4, 4, 3), 2: (2, 3, 4, 3)}
     assert not torch.equal(heads.heads["1"].weight, heads.heads["2"].weight)
-    first = heads.heads["2"](context[1, 2, 3])
-    torch.testing.assert_close(heads(context, 2)[-1, -1, -1], first)
+    for offset, found in predictions.items():
+        torch.testing.assert_close(found, heads.heads[str(offset)](context[:, :-offset]))
 
 
 @pytest.mark.parametrize(
