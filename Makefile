@@ -15,7 +15,7 @@ demo: $(READY)
 label-curve: $(READY)
 	$(PY) benchmarks/label_efficiency.py digits
 
-# Ten minutes on two quiet cores; PHOTOS=FILE is a parquet file of photographs for the loader.
+# Five minutes on two quiet cores; PHOTOS=FILE is a parquet file of photographs for the loader.
 bench: $(READY)
 	$(PY) benchmarks/speed.py $(if $(PHOTOS),--photos $(PHOTOS))
 

@@ -1,6 +1,6 @@
 """What everything beside the encoder costs, against what one would use instead and against the machine's own limits.
 
-    python benchmarks/speed.py --photos caltech101-train.parquet       # make bench; 10 minutes on two quiet cores
+    python benchmarks/speed.py --photos caltech101-train.parquet       # make bench; 5 minutes on two quiet cores
     python benchmarks/speed.py --parts step patches                    # some of it; the rest of the file stays
     python benchmarks/speed.py --plot                                  # docs/speed.png from what was recorded
 
