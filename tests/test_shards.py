@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import itertools
 import logging
+import os
 import pickle
 import re
 import sys
@@ -178,6 +181,22 @@ def test_few_shards_stay_open(folder, monkeypatch):
     assert len(dataset.source._reader._open) == 2
 
 
+def test_threads_do_not_close_each_others_shards(folder, monkeypatch):
+    monkeypatch.setattr(shard_files, "OPEN_FILES", 1)
+    dataset = webdataset(folder, size=8, cache=False).train
+    usual, calls = os.pread, itertools.count()
+
+    def interrupted(descriptor, length, start):
+        if next(calls) == 0:  # another thread asks for an image of another shard now
+            other = threading.Thread(target=dataset.decode, args=(5,))
+            other.start()
+            other.join(1)
+        return usual(descriptor, length, start)
+
+    monkeypatch.setattr(shard_files.os, "pread", interrupted)
+    assert int(dataset.decode(0)[0, 0, 0]) == 0
+
+
 # --- behind a URL ------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +307,72 @@ def test_a_truncated_shard_counts_up_to_the_break(folder, caplog, left):
     assert "train-001.tar" in caplog.text
     assert 15 <= len(dataset) < 20
     assert set(values(dataset)) >= {0, 1, 2, 3, 4, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19}
+
+
+@pytest.mark.parametrize("damage", ["cut before it", "cut within it", "a byte changed", "zeros"])
+def test_a_header_that_is_damaged_is_no_end(folder, tmp_path, caplog, damage):
+    """Python's tarfile stops there without a word; and no index keeps what was left of the shard."""
+    shard, index = folder / "train-001.tar", tmp_path / "kept/index.npz"
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        at = tar.getmembers()[4].offset
+    changed = bytes([whole[at] ^ 1])
+    shard.write_bytes({
+        "cut before it": whole[:at],
+        "cut within it": whole[: at + 100],
+        "a byte changed": whole[:at] + changed + whole[at + 1 :],
+        "zeros": whole[:at] + bytes(512) + whole[at + 512 :],
+    }[damage])  # fmt: skip
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            dataset = webdataset(folder, size=8, cache=False, index=index).train
+        assert f"neither a header nor the end at byte {at:,}; the 2 images before that are used" in caplog.text
+        assert len(dataset) == 17
+
+
+def test_a_file_of_negative_size_ends_its_shard(tmp_path, caplog):
+    """Of -512 bytes, so that the header behind it is its own: tarfile reads that for ever."""
+    path = Path(members(tmp_path / "x.tar", {"a.png": png(1), "b.png": png(2)}))
+    content = bytearray(path.read_bytes())
+    header = content[1024:1536]
+    header[124:136] = (-512).to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[1024:1536] = header
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert values(webdataset(path, size=8).train) == [1]
+    assert "a file of -512 bytes; the 1 images before that are used" in caplog.text
+
+
+def test_a_disk_that_fails_once_makes_no_other_data_set(folder, tmp_path, monkeypatch):
+    index = tmp_path / "kept/index.npz"
+    with monkeypatch.context() as patch:
+
+        def failing(file):
+            raise OSError(errno.EIO, "Input/output error", file)
+
+        patch.setattr(shards_module, "opened", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            webdataset(folder, size=8, cache=False, index=index)
+    assert not index.exists()
+    assert len(webdataset(folder, size=8, cache=False, index=index).train) == 20
+
+
+def test_an_index_has_the_state_that_was_read(folder, tmp_path, monkeypatch):
+    """A shard is written anew after its headers were read, and before the index is."""
+    index = tmp_path / "kept/index.npz"
+    with monkeypatch.context() as patch:
+        usual = shards_module._write_index
+
+        def after_a_change(*arguments):
+            write_shard(folder / "train-001.tar", 5, 3)
+            usual(*arguments)
+
+        patch.setattr(shards_module, "_write_index", after_a_change)
+        webdataset(folder, size=8, cache=False, index=index)
+    assert len(webdataset(folder, size=8, cache=False, index=index).train) == 18
 
 
 @pytest.mark.parametrize(

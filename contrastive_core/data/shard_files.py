@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import re
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,16 +136,18 @@ class RangeReader:
 
     def __init__(self) -> None:
         self._open: dict[str, int] = {}
+        self._lock = threading.Lock()  # threads decode side by side: one must not close what another reads from
 
     def read(self, file: str, start: int, length: int) -> bytes:
         """So many bytes from `start`; fewer where the file ends. Raises OSError where it cannot be read."""
         if is_remote(file):
             return fetched(file, start, length)
-        if file not in self._open:
-            while len(self._open) >= OPEN_FILES:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[file] = os.open(file, os.O_RDONLY)
-        return os.pread(self._open[file], length, start)
+        with self._lock:
+            if file not in self._open:
+                while len(self._open) >= OPEN_FILES:
+                    os.close(self._open.pop(next(iter(self._open))))
+                self._open[file] = os.open(file, os.O_RDONLY)
+            return os.pread(self._open[file], length, start)
 
     def __reduce__(self) -> tuple[type[RangeReader], tuple[()]]:
         return RangeReader, ()

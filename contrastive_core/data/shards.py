@@ -48,6 +48,13 @@ class Member(NamedTuple):
     label: int
 
 
+class Headers(NamedTuple):
+    """A shard's images, and its state when they were read; None = it is broken, and no index may keep that."""
+
+    members: list[Member]
+    state: tuple[int, int] | None
+
+
 class TarImages(Stored):
     """The images of tar shards, each read when it is asked for: encoded bytes by number, in the order of the shards.
 
@@ -133,13 +140,11 @@ def webdataset(
     return cached_splits(parts[0], parts[1] if len(parts) == 2 else None, cache)
 
 
-def _of_shards(
-    files: list[str], known: dict[str, list[Member]], size: int, shards_at_a_time: int | None
-) -> ImageDataset:
+def _of_shards(files: list[str], known: dict[str, Headers], size: int, shards_at_a_time: int | None) -> ImageDataset:
     missing = [file for file in files if file not in known]
     with ThreadPoolExecutor(READERS if any(map(is_remote, missing)) else 1) as readers:
         known.update(zip(missing, readers.map(read_shard, missing), strict=True))
-    members = [known[file] for file in files]
+    members = [known[file].members for file in files]
     rows = [(shard, *member) for shard, some in enumerate(members) for member in some]
     if not rows:
         raise ValueError(f"{len(files)} shards from {files[0]} on hold no image: their files need an image's suffix")
@@ -154,17 +159,22 @@ def _of_shards(
     return dataset
 
 
-def read_shard(file: str) -> list[Member]:
-    """The images of a shard, by their headers; a break is named in the log, and ends the list."""
+def read_shard(file: str) -> Headers:
+    """The images of a shard, by their headers; a break is named in the log, and ends the list.
+
+    Raises OSError where it cannot be read: a disk or a line that fails now and then must not make another data set.
+    """
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     broken = ""
+    state = state_of(file)
     try:
-        size = state_of(file)[0]
         # not compressed: a place in a compressed file cannot be gone to
         with opened(file) as bytes_of, tarfile.open(fileobj=bytes_of, mode="r:") as shard:
             for member in shard:
-                if member.offset_data + member.size > size:
+                if member.size < 0:  # the next header would be one of those before, without an end
+                    raise tarfile.ReadError(f"a file of {member.size} bytes")
+                if member.offset_data + member.size > state[0]:
                     raise tarfile.ReadError("it ends within a file")
                 key, _, suffix = _sample(member.name)
                 if not member.isreg():
@@ -173,13 +183,16 @@ def read_shard(file: str) -> list[Member]:
                     labels[key] = _label(text.read(), file, key)
                 elif f".{suffix.rpartition('.')[2]}" in EXTENSIONS:
                     images.setdefault(key, member)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        if is_remote(file) and not isinstance(error, tarfile.TarError | EOFError):
-            raise  # a line that fails now and then must not make another data set
+            # tarfile takes a header that is cut off or damaged for the end, which is at least a block of zeros
+            bytes_of.seek(shard.offset)
+            rest = bytes_of.read(tarfile.RECORDSIZE)
+            if len(rest) < tarfile.BLOCKSIZE or any(rest):
+                raise tarfile.ReadError(f"neither a header nor the end at byte {shard.offset:,}")
+    except (tarfile.TarError, EOFError) as error:
         broken = " ".join(str(error).split())
-    if broken:
         logger.warning("broken shard %s: %s; the %d images before that are used", file, broken, len(images))
-    return [Member(member.offset_data, member.size, key, labels.get(key, -1)) for key, member in images.items()]
+    members = [Member(member.offset_data, member.size, key, labels.get(key, -1)) for key, member in images.items()]
+    return Headers(members, None if broken else state)
 
 
 def _sample(name: str) -> tuple[str, str, str]:
@@ -196,7 +209,7 @@ def _label(text: bytes, file: str, key: str) -> int:
         raise ValueError(f"{file}: the label of {key} is {text[:20]!r}: number the classes from 0") from None
 
 
-def _read_index(index: Path) -> dict[str, list[Member]]:
+def _read_index(index: Path) -> dict[str, Headers]:
     """The shards that are as they were when the index was written."""
     if not index.is_file():
         return {}
@@ -208,25 +221,27 @@ def _read_index(index: Path) -> dict[str, list[Member]]:
     files, bounds = tables["files"].tolist(), np.searchsorted(tables["shard"], np.arange(len(tables["files"]) + 1))
     known = {}
     for place, file in enumerate(files):
-        if (is_remote(file) or Path(file).is_file()) and state_of(file) == tuple(tables["states"][place].tolist()):
+        state = tuple(tables["states"][place].tolist())
+        if (is_remote(file) or Path(file).is_file()) and state_of(file) == state:
             rows = slice(bounds[place], bounds[place + 1])
             columns = (tables[name][rows].tolist() for name in ("start", "length", "keys", "labels"))
-            known[file] = [Member(*row) for row in zip(*columns, strict=True)]
+            known[file] = Headers([Member(*row) for row in zip(*columns, strict=True)], state)
     return known
 
 
-def _write_index(index: Path, known: Mapping[str, list[Member]]) -> None:
-    """Keep what is known, unless that is what is kept already; whole or not at all, whoever else does the same."""
-    if _read_index(index).keys() == known.keys():
+def _write_index(index: Path, known: Mapping[str, Headers]) -> None:
+    """Keep what is known of whole shards, unless that is kept already; all or nothing, whoever else does the same."""
+    whole = {file: headers for file, headers in known.items() if headers.state is not None}
+    if _read_index(index).keys() == whole.keys():
         return
-    rows = [(shard, *member) for shard, members in enumerate(known.values()) for member in members]
+    rows = [(shard, *member) for shard, headers in enumerate(whole.values()) for member in headers.members]
     shard, start, length, keys, labels = zip(*rows, strict=True)
     temporary = index.with_name(f".{index.name}.{os.getpid()}.npz")
     index.parent.mkdir(parents=True, exist_ok=True)
     np.savez(
         temporary,
-        files=np.array(list(known)),
-        states=np.array([state_of(file) for file in known]),
+        files=np.array(list(whole)),
+        states=np.array([headers.state for headers in whole.values()]),
         shard=np.array(shard, dtype=np.int64),
         start=np.array(start, dtype=np.int64),
         length=np.array(length, dtype=np.int64),
