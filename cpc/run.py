@@ -39,7 +39,7 @@ from contrastive_core.training import StepResult, train_steps
 from cpc.entry import build, check_complete, run_name, start_accelerator
 from cpc.features import FrozenEncoder, parts_card, parts_of
 from cpc.interruption import Stopped, StopRequest
-from cpc.run_folder import check_folder, checkpoint_to_resume, choose_run_dir, claimed
+from cpc.run_folder import check_folder, checkpoint_to_resume, choose_run_dir, claimed, saved_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,8 @@ def check_numbers(cfg: DictConfig) -> None:
         raise ValueError(f"shard=true does not go with {other}: leave one of them out (bf16 goes with it)")
     if cfg.resume not in (None, "auto"):
         raise ValueError(f"resume={cfg.resume}: pass resume=auto with the run's run_dir, or leave it out")
+    if cfg.resume == "auto" and cfg.run_dir is None:
+        raise ValueError("resume=auto without run_dir: pass the folder of the run that is to go on")
     check_trackers(cfg.trackers)
 
 
@@ -282,6 +284,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)
     resume = cfg.resume == "auto"
     check_folder(run_dir, config, resume=resume)
+    saved = saved_checkpoints(run_dir)
     checkpoint = checkpoint_to_resume(run_dir, accelerator)
 
     torch.manual_seed(cfg.seed)
@@ -333,7 +336,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     # nothing has been written so far: a mistake leaves no folder behind
     with (
         StopRequest() as request,
-        claimed(run_dir, config, accelerator, resume=resume),
+        claimed(run_dir, config, accelerator, resume=resume, saved=saved),
         RunLog(run_dir, start=start, steps=cfg.steps, trackers=cfg.trackers, config=config)
         if main_process
         else nullcontext() as log,
@@ -370,8 +373,8 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
             if asked:
                 if log is not None:
                     name = signal.Signals(asked).name
-                    saved = f"saved after step {result.step} of {cfg.steps}"
-                    log.say(f"{name}: {saved}, go on with resume=auto", warning=True)
+                    reached = f"saved after step {result.step} of {cfg.steps}"
+                    log.say(f"{name}: {reached}, go on with resume=auto run_dir={run_dir}", warning=True)
                 accelerator.wait_for_everyone()  # a launcher ends all processes with the first
                 raise Stopped(asked)
 

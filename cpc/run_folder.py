@@ -78,6 +78,11 @@ def check_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None
         )
 
 
+def saved_checkpoints(run_dir: Path) -> list[str]:
+    """The names of the checkpoints in a run's folder, damaged ones too, in the order of their steps."""
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+
+
 def checkpoint_to_resume(run_dir: Path, accelerator: Accelerator) -> Path | None:
     """The last whole checkpoint of the run in `run_dir`; None where there is none at all.
 
@@ -107,15 +112,21 @@ def _may_change(key: str) -> bool:
 
 
 @contextmanager
-def claimed(run_dir: Path, config: dict[str, Any], accelerator: Accelerator, *, resume: bool) -> Iterator[None]:
+def claimed(
+    run_dir: Path, config: dict[str, Any], accelerator: Accelerator, *, resume: bool, saved: list[str]
+) -> Iterator[None]:
     """Write `config.yaml` if there is none, and keep every other run out of the folder until the end.
 
-    Raises FileExistsError where another run is at work in the folder, or was since `check_folder` looked.
+    saved: what `saved_checkpoints` said before one of them was read.
+
+    Raises FileExistsError where another run is at work in the folder, or was since one looked.
     """
     accelerator.wait_for_everyone()  # all have looked before the main process writes
     with _locked(run_dir) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             check_folder(run_dir, config, resume=resume)
+            if saved_checkpoints(run_dir) != saved:  # to go on from an older one would undo what that run has done
+                raise FileExistsError(f"another run went on in {run_dir} meanwhile: start this one again")
             if not (run_dir / "config.yaml").is_file():
                 with replacing(run_dir / "config.yaml") as partial:
                     partial.write_text(yaml.safe_dump(config, sort_keys=False))

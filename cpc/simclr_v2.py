@@ -220,7 +220,7 @@ def simclr_v2(cfg: DictConfig) -> Path:
     assert isinstance(config, dict)
     del config["out"]  # however the folder is called from where one stands
     check_folder(out, config, resume=True)  # type: ignore[arg-type]  # another command's folder is refused
-    with claimed(out, config, accelerator, resume=True):  # type: ignore[arg-type]
+    with claimed(out, config, accelerator, resume=True, saved=[]):  # type: ignore[arg-type]
         for step in steps:
             if not (out / step.name / step.last_file).is_file():
                 step.job(step.cfg)

@@ -19,6 +19,7 @@ from conftest import CHECKOUT, launcher, run_command
 from PIL import Image
 from torch import nn
 
+import cpc.run
 from contrastive_core import checkpoint, training
 from contrastive_core.checkpoint import damage, latest_checkpoint
 from contrastive_core.run_log import RunLog, read_metrics
@@ -168,6 +169,28 @@ def test_killed_at_every_point_of_a_save(start, whole):
     assert at >= 20
 
 
+def test_what_another_run_did_while_one_was_starting_is_not_undone(start, whole, tmp_path, monkeypatch, interrupted_at):
+    """The other, which has read the same checkpoint, comes to its end before the first has written anything."""
+    with interrupted_at(4):
+        start("parts")
+
+    first, usual = os.getpid(), cpc.run.resume_
+
+    def late(*arguments):
+        step = usual(*arguments)
+        if os.getpid() == first:
+            _, status = os.waitpid(in_a_child(lambda: start("parts")), 0)
+            assert status == 0
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpc.run, "resume_", late)
+        with pytest.raises(FileExistsError, match=r"another run went on in .*parts meanwhile: start this one again"):
+            start("parts")
+    assert (tmp_path / "parts/checkpoints/step_00000012").is_dir()
+    assert_the_same(start("parts"), whole)
+
+
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(start, whole, caplog):
     parts = start("parts")
     (parts / "checkpoints/step_00000012/optimizer.safetensors").write_bytes(b"")
@@ -194,7 +217,10 @@ def test_asked_to_stop_a_run_saves_and_leaves(start, whole, tmp_path, monkeypatc
         with pytest.raises(Stopped) as stopped:
             start("parts")
     assert stopped.value.code == code
-    assert f"{number.name}: saved after step 6 of 12, go on with resume=auto" in capsys.readouterr().out
+    assert (
+        f"{number.name}: saved after step 6 of 12, go on with resume=auto run_dir={tmp_path / 'parts'}"
+        in capsys.readouterr().out
+    )
     parts = tmp_path / "parts"
     assert (parts / "checkpoints/step_00000006").is_dir()
     assert not (parts / "encoder.json").exists()
