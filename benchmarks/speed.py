@@ -529,7 +529,7 @@ def plot(parts: dict[str, Any], path: Path) -> None:
     axes.axvline(1, color=RUST, linewidth=1.2)
     axes.text(1.04, -0.62, "ours = 1", color=RUST, fontsize=9, va="center")
     axes.set_ylim(len(BARS) - 0.5, -0.95)
-    axes.set_xlim(0, 1.35 * max(1.0, *(patch.get_width() for patch in axes.patches)))
+    axes.set_xlim(0, 1.5 * max(1.0, *(patch.get_width() for patch in axes.patches)))
     axes.set_yticks([])
     tidy_axes(axes, "times our time, two threads (JPEGs: one)", "")
     axes.grid(visible=False)
