@@ -168,7 +168,7 @@ def row_sweep(
         if d_queries is not None:
             torch.mm(negatives, keys, out=d_queries[rows]).mul_(scale)
             if pairs.positive is not None:
-                d_queries[rows].addcmul_(keys.index_select(0, pairs.positive[rows]), w[:, None], value=-1)
+                d_queries[rows].addcmul_(keys[pairs.positive[rows]], w[:, None], value=-1)
         if d_keys is not None:
             d_keys.addmm_(negatives.T, queries[rows] * scale)
             if pairs.positive is not None:

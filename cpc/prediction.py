@@ -61,6 +61,10 @@ class PredictionHeads(nn.Module):
 
     `forward(context: b rows cols d)` on a turned grid -> by offset, predictions `b (rows - offset) cols d'` of the
     cells `offset` rows ahead.
+
+    Raises ValueError for a target_dim below 1.
+
+    Example: `PredictionHeads(4, 3, [2])(torch.ones(1, 7, 7, 4))[2].shape` is (1, 5, 7, 3).
     """
 
     def __init__(self, dim: int, target_dim: int, offsets: Sequence[int]) -> None:

@@ -85,6 +85,28 @@ def test_identical_latents_are_at_chance():
     assert metrics["accuracy"] == 0
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 4, 6), (2, 3, 5, 6)], ids=["square", "wide"])
+def test_each_direction_and_offset_has_an_accuracy_of_its_own(shape):
+    """Counted a prediction at a time, where all are looked at."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(2)
+        cpc, latents = method(offsets=(1, 2)), torch.randn(shape, dtype=torch.float64)
+        _, metrics = cpc(batch_of(latents))
+        targets = cpc.target_projection(latents)
+        expected = {}
+        for direction in DIRECTIONS:
+            context = cpc.contexts[direction](turn(latents, direction))
+            for offset, predictions in cpc.heads[direction](context).items():
+                own = turn(targets, direction)[:, offset:].flatten(0, 2)
+                hits = [
+                    int((prediction @ target) >= (targets.flatten(0, 2) @ prediction).max() - 1e-9)
+                    for prediction, target in zip(predictions.flatten(0, 2), own, strict=True)
+                ]
+                expected[f"accuracy/{direction}_{offset}"] = sum(hits) / len(hits)
+    assert len(set(expected.values())) > 3
+    assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected)
+
+
 def tie(cpc, one, other):
     cpc.contexts[other].load_state_dict(cpc.contexts[one].state_dict())
     cpc.heads[other].load_state_dict(cpc.heads[one].state_dict())

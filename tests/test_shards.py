@@ -331,6 +331,15 @@ def test_a_header_that_is_damaged_is_no_end(folder, tmp_path, caplog, damage):
         assert len(dataset) == 17
 
 
+def test_where_only_broken_shards_hold_images_no_index_is_kept(folder, tmp_path):
+    index = tmp_path / "kept/index.npz"
+    for shard in folder.glob("*.tar"):
+        shard.write_bytes(shard.read_bytes()[:5200])
+    members(folder / "train-004.tar", {"read.me": b"no image"})
+    assert len(webdataset(folder, size=8, cache=False, index=index).train) == 4
+    assert not index.exists()
+
+
 def test_a_file_of_negative_size_ends_its_shard(tmp_path, caplog):
     """Of -512 bytes, so that the header behind it is its own: tarfile reads that for ever."""
     path = Path(members(tmp_path / "x.tar", {"a.png": png(1), "b.png": png(2)}))

@@ -122,7 +122,8 @@ def webdataset(
         index: a file (`.npz`) that keeps where images lie, made where there is none and anew when a shard has changed.
         cache: whether to decode into memory what fits.
 
-    Raises FileNotFoundError where there is no shard, ValueError where no shard holds an image.
+    Raises FileNotFoundError where there is no shard, ValueError where no shard holds an image, OSError for a shard that
+    cannot be read at all: the same command then has all of them, or ends.
 
     Example: a shard of `1.jpg`, `1.cls`, `2.jpg` holds two images, of which the second has no label.
     """
@@ -235,6 +236,8 @@ def _write_index(index: Path, known: Mapping[str, Headers]) -> None:
     if _read_index(index).keys() == whole.keys():
         return
     rows = [(shard, *member) for shard, headers in enumerate(whole.values()) for member in headers.members]
+    if not rows:  # all images are in broken ones
+        return
     shard, start, length, keys, labels = zip(*rows, strict=True)
     temporary = index.with_name(f".{index.name}.{os.getpid()}.npz")
     index.parent.mkdir(parents=True, exist_ok=True)
