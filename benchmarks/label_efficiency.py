@@ -69,7 +69,7 @@ STUDIES = {
     ),
     "cifar10": Study(
         runs={
-            "cpc": [*CPC_RUN, "experiment=cifar10_cpc", "steps=12000"],
+            "cpc": [*CPC_RUN, "experiment=cifar10_cpc", "steps=10500"],
             "simclr": [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "load_size=32", "image_size=32", "steps=2500"],
         },
         sweep=["readout=context", "precision=bf16", "steps.finetune.most=2000", "scratch_times=10"],
