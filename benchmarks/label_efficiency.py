@@ -6,13 +6,16 @@
     python benchmarks/label_efficiency.py cache --train cifar10-train.parquet --test cifar10-test.parquet
 
 Runs and cells are kept in --out (runs/label-NAME), and the same command goes on there; --parts does the first so many
-parts of a grid only. Writes benchmarks/label_efficiency/NAME.json, of a sweep also NAME.csv and NAME.png, part by part.
+parts of a grid only. Writes benchmarks/label_efficiency/NAME.json, of a sweep also NAME.csv and NAME.png, part by part,
+and NAME-scratch.json.xz: the cells from scratch, hours of work that no run of ours has a part in. --recorded begins
+with those of them that are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import shutil
 import statistics
 import subprocess
@@ -31,6 +34,7 @@ from contrastive_core.evaluate.selection import Rows
 from cpc.entry import start_accelerator
 from cpc.features import load_encoder
 from cpc.label_protocols import FeatureTable
+from cpc.label_report import SCRATCH
 
 RESULTS = ROOT / "benchmarks" / "label_efficiency"
 SIDE_BY_SIDE = 2
@@ -115,9 +119,11 @@ def side_by_side(commands: Sequence[list[str]], log: Path) -> None:
                 raise SystemExit(f"a command failed, see {output}; the same command goes on")
 
 
-def study(name: str, out: Path, data: list[str], shown: str, parts: int | None) -> None:
+def study(name: str, out: Path, data: list[str], shown: str, parts: int | None, recorded: bool) -> None:
     """Pre-train what is missing, then the sweep, part by part."""
     out.mkdir(parents=True, exist_ok=True)
+    if recorded:
+        unpack_cells(name, out / "sweep" / "cells")
     asked = STUDIES[name]
     costs = out / "costs.json"
     took: dict[str, float] = json.loads(costs.read_text()) if costs.is_file() else {}
@@ -148,6 +154,23 @@ def record(name: str, command: str, sweep: Path, seconds: dict[str, float]) -> N
     write(name, command, results | {"splits": summary["splits"]}, folder=RESULTS)
     for suffix in ("csv", "png"):
         shutil.copyfile(sweep / f"label_efficiency.{suffix}", RESULTS / f"{name}.{suffix}")
+    pack_cells(name, sweep / "cells")
+
+
+def pack_cells(name: str, cells: Path) -> None:
+    """Write the cells from scratch, by their path, into NAME-scratch.json.xz: four kilobytes of predictions each."""
+    files = sorted(cells.glob(f"{SCRATCH}-*/**/*.json"))
+    kept = {str(file.relative_to(cells)): json.loads(file.read_text()) for file in files}
+    (RESULTS / f"{name}-scratch.json.xz").write_bytes(lzma.compress(json.dumps(kept).encode()))
+
+
+def unpack_cells(name: str, cells: Path) -> None:
+    """Put what `pack_cells` wrote where a sweep finds it; it refuses cells that were made in another way than asked."""
+    packed = RESULTS / f"{name}-scratch.json.xz"
+    for place, cell in json.loads(lzma.decompress(packed.read_bytes())).items() if packed.is_file() else ():
+        if not (cells / place).is_file():
+            (cells / place).parent.mkdir(parents=True, exist_ok=True)
+            (cells / place).write_text(json.dumps(cell) + "\n")
 
 
 def cache(out: Path, train: Path, test: Path) -> None:
@@ -217,12 +240,13 @@ def main() -> None:
     parser.add_argument("--test", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", type=int, help="only the first so many parts of the grid")
+    parser.add_argument("--recorded", action="store_true", help="begin with the cells from scratch that are recorded")
     arguments = parser.parse_args()
     name, train, test = arguments.study, arguments.train, arguments.test
     out = (arguments.out or Path(f"runs/label-{name}")).resolve()
-    command = f"python benchmarks/label_efficiency.py {name}"
+    command, how = f"python benchmarks/label_efficiency.py {name}", (arguments.parts, arguments.recorded)
     if name == "digits":
-        study(name, out, [], command, arguments.parts)
+        study(name, out, [], command, *how)
         return
     if train is None or test is None:
         parser.error(f"{name} wants --train FILE and --test FILE")
@@ -231,7 +255,7 @@ def main() -> None:
         cache(out, train, test)
     else:
         files = [f"data.train={train}", f"data.test={test}"]
-        study(name, out, files, f"{command} --train {train.name} --test {test.name}", arguments.parts)
+        study(name, out, files, f"{command} --train {train.name} --test {test.name}", *how)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
             return
         with _hydra_raises(), _arguments_as_they_were():
             try:
-                level, sys.argv[1:] = take_verbosity(sys.argv[1:])
+                level, sys.argv[1:] = take_verbosity(overrides_first(sys.argv[1:]))
                 entry()
             except Exception as error:
                 # whatever hydra raises before the job begins is about the command line: its parser asserts, too
@@ -131,6 +131,16 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
                 sys.exit(told(error))
 
     return main
+
+
+def overrides_first(arguments: Sequence[str]) -> list[str]:
+    """KEY=VALUE in front of options: Hydra's parser does not know the rest again where an option stands among them.
+
+    Example: `overrides_first(["seed=0,1", "-m", "steps=2", "-cd", "mine"])` is `["seed=0,1", "steps=2", "-m", "-cd",
+    "mine"]`.
+    """
+    overrides = [each for each in arguments if not each.startswith("-") and ("=" in each or each.startswith("~"))]
+    return overrides + [each for each in arguments if each not in overrides]
 
 
 def own_folders(arguments: Sequence[str]) -> list[Path]:

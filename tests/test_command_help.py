@@ -28,7 +28,7 @@ import cpc.sweep_labels
 from cpc import doctor
 from cpc.command_help import defaults, help_text, keys
 from cpc.configs import config_folder
-from cpc.entry import own_folders
+from cpc.entry import overrides_first, own_folders
 from cpc.verbosity import take_verbosity
 
 HYDRA = {
@@ -205,6 +205,20 @@ def test_another_level_is_one_line(main, call_tool, capsys):
 
 def test_ablate_keeps_the_level_from_its_cells():
     assert cpc.ablate.arguments(["verbosity=quiet", "steps=2"]) == ["verbosity=quiet", "overrides=['steps=2']"]
+
+
+# ---- options among overrides ----
+
+
+@pytest.mark.parametrize(("given", "read"), [
+    (["a=1", "-m", "b=1,2"], ["a=1", "b=1,2", "-m"]),
+    (["-m", "a=1"], ["a=1", "-m"]),
+    (["--config-dir=x=y", "a=1", "-cd", "mine", "~b"], ["a=1", "~b", "--config-dir=x=y", "-cd", "mine"]),
+    (["a=1", "-i", "defaults"], ["a=1", "-i", "defaults"]),
+    ([], []),
+])  # fmt: skip
+def test_options_may_stand_anywhere(given, read):
+    assert overrides_first(given) == read
 
 
 # ---- lists without brackets ----

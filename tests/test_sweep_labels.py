@@ -276,6 +276,30 @@ def test_shards_share_the_cells_and_either_draws_the_curve(configured, tmp_path)
     assert json.loads((tmp_path / "out/summary.json").read_text())["savings"]
 
 
+def test_shards_as_the_page_has_them_with_hydra_itself(runs, tmp_path, call_tool):
+    call_tool(cpc.sweep_labels.main, f"runs={runs[0]}", f"out={tmp_path / 'out'}", *SMALL, *STEPS, *QUICK,
+              "-m", "shard=0,1", "shards=2")  # fmt: skip
+    assert len(files(tmp_path / "out")) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+def test_shards_of_other_launchers_are_one_curve(runs, tmp_path, run_tool, launcher):
+    """Ray on a cluster of its own here; Slurm's half of submitit wants a Slurm."""
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher", reason='the extra "sweep"')
+    asked = [f"runs={runs[0]}", *SMALL, *STEPS, *QUICK]
+    assert run_tool("tools/sweep_labels.py", *asked, "out=alone").returncode == 0
+    shards = ["-m", "shard=0,1", "shards=2", f"hydra/launcher={launcher}"]
+    done = run_tool("tools/sweep_labels.py", *asked, "out=together", *shards, env={"RAY_worker_niceness": "0"})
+    assert done.returncode == 0, done.stderr
+    alone, together = (
+        [{**row, "seconds": ""} for row in csv.DictReader((tmp_path / out / "label_efficiency.csv").open())]
+        for out in ("alone", "together")
+    )
+    assert together == alone
+
+
 # ---- what a cell sees ----
 
 
