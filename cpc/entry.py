@@ -197,7 +197,8 @@ def way_out(error: Exception) -> str:
     """What to do about an error that torch raises for want of memory or of another process; "" = it is none of them."""
     if out_of_memory(error):
         return "out of memory: pass a smaller batch_size, accumulate=N, recompute=true or precision=bf16"
-    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+    # gloo names its source file in what it says, but to those who wait for something else where one wait has timed out
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "pair closure" in str(error):
         return "another process failed or did not answer: its own output says why; resume=auto goes on"
     return ""
 

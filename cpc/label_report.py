@@ -79,6 +79,10 @@ class Arms:
         by_seed = sorted(self.cells[labels].items())
         return [statistics.mean(getattr(one, by) for one in of_seed.values()) for _, of_seed in by_seed]
 
+    def repeats(self) -> set[int]:
+        """The pre-training runs that have a result."""
+        return {repeat for by_seed in self.cells.values() for of_seed in by_seed.values() for repeat in of_seed}
+
     def seeds(self, labels: int) -> set[int]:
         """The choices of labels of which every run has its result."""
         repeats = {repeat for of_seed in self.cells[labels].values() for repeat in of_seed}
@@ -349,7 +353,11 @@ def _report(
     splits: Mapping[str, str],
     cells: int,
 ) -> str:
-    runs = {name: len(folders) for name, folders in about["runs"].items()}
+    there: dict[str, set[int]] = {}  # of a command before, which had other runs, too
+    for (name, _), arms in curves.items():
+        there.setdefault(name, set()).update(arms.repeats())
+    runs = {name: len(repeats) for name, repeats in there.items() if name not in (SCRATCH, "random")}
+    runs |= {name: len(folders) for name, folders in about["runs"].items()}
     few = [name for name, count in runs.items() if count == 1]
     lines = [
         "# How many labels pre-training saves",

@@ -91,18 +91,21 @@ def _rows(evaluation: Any) -> list[dict[str, Any]]:
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """Step, loss, chance loss and accuracy as metrics.jsonl ends; {} where it does not say."""
+    """Step, loss, chance loss and accuracy of the last row with a loss; {} where there is none."""
     if not path.is_file():
         return {}
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL))
         lines = [line for line in file.read(_TAIL).splitlines() if line.strip()]
-    try:
-        row = json.loads(lines[-1])
-    except (ValueError, IndexError, RecursionError):
-        return {}
     kept = ("step", "loss", "chance_loss", "accuracy")
-    return {name: row[name] for name in kept if _is_word(row.get(name))} if isinstance(row, dict) else {}
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # the end of a killed run's, the beginning of what was cut off
+            continue
+        if isinstance(row, dict) and "loss" in row:  # not a probe's, which comes after the last step's
+            return {name: row[name] for name in kept if _is_word(row.get(name))}
+    return {}
 
 
 def model_card(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from cpc.foreign import run_augmentation, run_config, run_data
 from cpc.report_charts import Line, heat_maps, line_chart, number, plain_table, share_table
 from cpc.report_pictures import PLACED, TOGETHER, as_data, augmented, neighbours, positions, predictions, some
 from cpc.run_folder import MAY_CHANGE
-from cpc.runs import state_of
+from cpc.runs import holds_runs, state_of
 from cpc.shortcuts import NUMBERS, read_findings
 
 PAPERS = {
@@ -75,6 +76,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         written, config = run_config(folder)
         if not config or not (folder / ".lock").is_file():
             raise FileNotFoundError(f"{folder} holds no run: pass a folder with config.yaml and metrics.jsonl")
+        if holds_runs(config):
+            raise FileNotFoundError(f"{folder} is no run but holds some: pass {folder / 'pretrain'}")
         rows = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
         card = read_json(folder / "encoder.json") if (folder / "encoder.json").is_file() else {}
         names = [other.resolve().name for other in folders]
@@ -118,9 +121,9 @@ def course(runs: Sequence[Run]) -> Iterator[str]:
         ]
 
     chance = lines("chance_loss", "chance", dashed=True)
-    yield line_chart(
-        "Loss against chance", "nats; chance is the log of the candidates", [*lines("loss", "loss"), *chance]
-    )
+    against = any(line.points for line in chance)  # BYOL and SimSiam have none, and no nats
+    title, unit = ("Loss against chance", "nats; chance is the log of the candidates") if against else ("Loss", "")
+    yield line_chart(title, unit, [*lines("loss", "loss"), *chance])
     yield line_chart("Positives told from all candidates", "share", lines("accuracy", "accuracy"))
     yield line_chart("kNN among training images", "accuracy", lines("knn", "kNN"))
     yield line_chart("Spread of the projections", "1 = even, 0 = collapsed", lines("spread", "spread"))
@@ -176,7 +179,8 @@ def pictures(run: Run) -> Iterator[str]:
         if run.method == "CPC":
             offset = int(max(run.config["method"]["offsets"]))
             title = f"{run.name}: what is expected {offset} cells below the blue one; white is what is there"
-            yield _picture(as_data(lambda file: predictions(run.folder, splits, file, offset=offset)), title)
+            if "down" in run.config["method"]["directions"]:
+                yield _picture(as_data(lambda file: predictions(run.folder, splits, file, offset=offset)), title)
             yield by_position(run, splits)
             yield from augmentation(run, splits)
     except (*USER_ERRORS, KeyError, RuntimeError) as error:
@@ -190,10 +194,13 @@ def by_position(run: Run, splits: Splits) -> str:
     images = some(held_out, PLACED)
     offsets = run.config["method"]["offsets"]
     grids = positions(run.folder, images, offsets)
+    groups = -(-len(images) // TOGETHER)
+    least, most = len(images) // groups, -(-len(images) // groups)
+    compared = most if least == most else f"{least} or {most}"
     note = (
         f"Of each direction, by the place of the patch that is predicted: the share of {len(images)} "
         f"{'training' if splits.test is None else 'held-out'} images in which it is told from all patches of "
-        f"{min(TOGETHER, len(images))} of them, the mean over offsets {', '.join(map(str, offsets))}. "
+        f"{compared} of them, the mean over offsets {', '.join(map(str, offsets))}. "
         "Blank: nothing predicts it. Patches that are all alike, such as empty ones, are not told from one another. "
         "Beside a direction, the mean of its cells."
     )
@@ -218,11 +225,21 @@ def _picture(data: str, title: str) -> str:
 
 
 def labels(sweep: Path) -> Iterator[str]:
-    """The curve of a label sweep and what is saved. Raises ValueError for a folder without its summary."""
+    """The curve of a label sweep and what is saved.
+
+    Raises FileNotFoundError for a folder without a summary, ValueError for one that is not a sweep's.
+    """
     file = sweep / "summary.json"
     if not file.is_file():
         raise FileNotFoundError(f"no summary.json in {sweep}: pass --labels with the folder of tools/sweep_labels.py")
     found = read_json(file, largest=1 << 26)
+    try:
+        yield from _labels(found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not what tools/sweep_labels.py writes: {error!r}") from None
+
+
+def _labels(found: Any) -> Iterator[str]:
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in found["accuracies"]:
         curves.setdefault(f"{row['method']}, {row['protocol']}", []).append((float(row["labels"]), row["accuracy"]))
@@ -276,19 +293,15 @@ def configuration(run: Run) -> Iterator[str]:
 
 
 def to_repeat(run: Run) -> str:
-    """The command that trains it again: what of its configuration is plain, at the top and in its groups."""
-    tool = "tools/pretrain_cpc.py" if run.method == "CPC" else "tools/pretrain.py"
+    """The command that trains it again, in a new folder: its whole config.yaml is the configuration."""
+    if run.config.get("run"):  # tools/finetune.py takes the encoder from there, and none from a configuration
+        return f"# tools/finetune.py, with what {run.folder.name}/config.yaml says"
+    tool = "distill" if "teacher" in run.config else "finetune" if "label_seed" in run.config else "pretrain"
     return (
-        f"# as {run.folder.name}/config.yaml says; the same folder goes on with resume=auto\npython {tool} "
-        + " ".join(
-            f"{key}={value}"
-            for key, value in flat({k: v for k, v in run.config.items() if k in _REPEATED}).items()
-            if value != "None"
-        )
+        f"# as {run.folder.name}/config.yaml says; with run_dir=FOLDER resume=auto a run that was killed goes on\n"
+        f"python tools/{tool}.py --config-dir={shlex.quote(str(run.folder))} --config-name=config "
+        "hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=stdout run_dir=null"
     )
-
-
-_REPEATED = ("seed", "steps", "batch_size", "accumulate", "precision", "averaging", "clip", "run_dir")
 
 
 def versions() -> str:

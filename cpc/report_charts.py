@@ -38,11 +38,17 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(step * place, 12) for place in range(first, first + most) if step * place <= high + 1e-9 * step]
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 4) -> str:
     """For a person. Example: `number(7.049254) == "7.049"`, `number(0.000066) == "6.6e-05"`."""
     if value == int(value) and abs(value) < 1e9:
         return f"{int(value):,}"
-    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
+    return f"{value:.{digits}g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.{digits - 1}g}"
+
+
+def told_apart(values: Sequence[float]) -> list[str]:
+    """Different numbers with as many digits as it takes. Example: [5.6631, 5.6632] is ["5.6631", "5.6632"]."""
+    told = ([number(value, digits) for value in values] for digits in range(4, 18))
+    return next(texts for texts in told if len(set(texts)) == len(set(values)))
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -64,7 +70,7 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x: str = "step",
     ys = [point[1] for line in drawn for point in line.points]
     x_low, x_high = min(xs), max(xs)
     y_low, y_high = min(ys), max(ys)
-    pad = 0.06 * (y_high - y_low) or 0.5
+    pad = 0.06 * (y_high - y_low) or 0.5 * abs(y_high) or 0.5
     y_low, y_high = (0.0 if 0 <= y_low < 0.3 * y_high else y_low - pad), y_high + pad
 
     def across(value: float) -> float:
@@ -75,7 +81,9 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x: str = "step",
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - y_low) / (y_high - y_low)
 
     x_ticks = sorted(set(xs)) if logarithmic else ticks(x_low, x_high, 6)
-    parts = [*_axes([(across(t), number(t)) for t in x_ticks], [(up(t), number(t)) for t in ticks(y_low, y_high)])]
+    y_ticks = ticks(y_low, y_high)
+    axes = ([*zip(map(at, marks), told_apart(marks), strict=True)] for at, marks in ((across, x_ticks), (up, y_ticks)))
+    parts = [*_axes(*axes)]
     for place, line in enumerate(drawn):
         path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in line.points)
         style = " dashed" if line.dashed else ""

@@ -139,7 +139,7 @@ def positions(
     """How often each cell of the grid is told from all cells of some images, by the direction it is predicted in.
 
     For each direction `rows cols` shares, means over the offsets that reach the cell from within the grid; NaN where
-    none does. The images, uint8 `n 3 h w`, are compared in groups of `together` or a few fewer.
+    none does. The images, uint8 `n 3 h w`, are compared in equal groups (or of one fewer) of at most `together`.
 
     Example: with `offsets=[2]` the first two rows of "down" are NaN.
     """

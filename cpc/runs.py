@@ -112,7 +112,9 @@ def savings_in(folder: Path) -> dict[Path, tuple[float, float]]:
             summary = read_json(file, largest=1 << 26)
             best: dict[str, tuple[float, float]] = {}
             for row in (row for row in summary["savings"] if row["against"] == BEST):
-                pair = float(row["saving"].lstrip("> ")), float(row["labels"])  # "> 2.0": the curve ends before
+                if row["saving"].startswith("<"):  # worse than the whole curve: nothing is saved at least
+                    continue
+                pair = float(row["saving"].removeprefix("> ")), float(row["labels"])  # "> 2.0": the curve ends before
                 best[row["method"]] = max(pair, best.get(row["method"], pair))
             for method, runs in summary["runs"].items():
                 for run in runs if method in best else ():
@@ -129,6 +131,11 @@ def runs_in(folder: Path) -> Iterator[Path]:
             yield config.parent
 
 
+def holds_runs(config: Any) -> bool:
+    """Whether a configuration is tools/simclr_v2.py's, whose folder holds its steps' runs and is none itself."""
+    return isinstance(config, dict) and {"pretrain", "finetune", "distill"} <= config.keys()
+
+
 def table_of(folder: Path) -> tuple[list[RunRow], list[str]]:
     """All runs below a folder, and a line for each that cannot be read.
 
@@ -139,8 +146,9 @@ def table_of(folder: Path) -> tuple[list[RunRow], list[str]]:
     savings, rows, unread = savings_in(folder), [], []
     for run in runs_in(folder):
         try:
-            rows.append(read_run(run, folder, savings))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not holds_runs(read_yaml(run / "config.yaml")):
+                rows.append(read_run(run, folder, savings))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             unread.append(f"{run.relative_to(folder)} cannot be read: {' '.join(str(error).split())}")
     return rows, unread
 

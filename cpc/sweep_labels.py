@@ -26,6 +26,7 @@ from torch import Tensor
 
 from contrastive_core.data import LabelAmount, sample_ids
 from contrastive_core.evaluate.selection import LabelProtocol, Rows, selection_parts, whole_trials
+from contrastive_core.reading import read_json
 from cpc.entry import build, check_complete, command, start_accelerator, wants_traceback
 from cpc.evaluate import labelled
 from cpc.features import MODES, read_card
@@ -399,7 +400,9 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
         }
         failed = [file.read_text().strip() for file in sorted((out / "cells").rglob("*.failed"))]
         missing = sum(not (out / "cells" / cell.file).is_file() for cell in cells)
+        before = read_json(out / "summary.json", largest=1 << 26)["runs"] if (out / "summary.json").is_file() else {}
         about = {**about, "cells": len(results) + missing, "features": features, "failed": failed}
+        about["runs"] = before | about["runs"]  # another command's arms are in the folder, too
         write_report(out, results, bench.test.labels, about)
 
 

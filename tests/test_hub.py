@@ -114,6 +114,14 @@ def test_words_of_a_run_stay_words(cpc_run, tmp_path):
     assert about_run(run)["last_step"] == {}
 
 
+@pytest.mark.parametrize("after", ['{"step": 7, "knn": 0.5}\n', '{"step": 7, "knn": 0.5}\n{"step": 8, "lo'])
+def test_what_training_ended_with_is_not_the_probe_after_it(after, cpc_run, tmp_path):
+    run = shutil.copytree(cpc_run, tmp_path / "run")
+    ended = {"step": 7, "loss": 1.25, "chance_loss": 5.5, "accuracy": 0.75}
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n' + json.dumps(ended) + "\n" + after)
+    assert about_run(run)["last_step"] == ended
+
+
 @pytest.mark.parametrize(
     "about", [3, {"data": 3, "recipe": [1], "measured": {"a": 1}}, {"measured": [1], "last_step": 3}]
 )

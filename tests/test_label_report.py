@@ -398,6 +398,13 @@ def test_the_report_says_what_its_reader_has_to_know(tmp_path: Path):
     assert not any("mean accuracy of the classes" in line for line in lines), "they are of one size"
 
 
+def test_the_luck_of_another_command_s_single_run_is_told_too(tmp_path: Path):
+    results = [*scratch(), cell("CPC", "linear", 10, 20), cell("random", "linear", 10, 8)]
+    write_report(tmp_path, results, TRUTH, {**ABOUT, "runs": {"SimCLR": ["c"]}})
+    told = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("- one pre-training")]
+    assert [line.split()[5] for line in told] == ["CPC:", "SimCLR:"]
+
+
 def test_the_summary_is_the_same_in_numbers(tmp_path: Path):
     results = [*scratch(protocol="patches"), cell("CPC", "linear", 10, 20)]
     write_report(tmp_path, results, TRUTH, ABOUT)

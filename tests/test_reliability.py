@@ -2,68 +2,42 @@
 
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from conftest import CHECKOUT, launcher, run_command
 from PIL import Image
+from tiny_runs import TINY, in_a_child, run_killed_within_its_second_save, run_with_small_files, tiny_run
 from torch import nn
 
 import cpc.run
-from contrastive_core import checkpoint, training
+from contrastive_core import training
 from contrastive_core.checkpoint import damage, latest_checkpoint
 from contrastive_core.run_log import RunLog, read_metrics
 from cpc import interruption
+from cpc.entry import way_out
 from cpc.interruption import Stopped, StopRequest
-from cpc.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
 
-TINY = ["batch_size=8", "encoder.width=4", "method.context.width=8", "method.context.layers=1", "probe_every=7"]
-TINY += ["log_every=1", "save_every=3", "threads=1", "steps=12", "averaging=0.9", "probe_images=50", "resume=auto"]
-
 
 @pytest.fixture
-def start(compose, tmp_path):
+def start(tmp_path):
     """`start("name")`: a tiny run in this process, from where it was."""
-
-    def run(name, *overrides):
-        return pretrain(compose(*TINY, f"run_dir={tmp_path / name}", *overrides))
-
-    return run
+    return lambda name: tiny_run(tmp_path / name)
 
 
 @pytest.fixture
 def whole(start, tmp_path_factory):
     """The run that nothing happened to, made once."""
     return start(tmp_path_factory.getbasetemp() / "whole")
-
-
-def in_a_child(job):
-    """Fork, run `job` there; returns the child's process number."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            job()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-            raise
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return child
 
 
 def assert_the_same(run, whole):
@@ -84,76 +58,43 @@ def assert_the_same(run, whole):
 # ---- SIGKILL ----
 
 
-def killed_and_resumed(start, name, kills, seed):
+def killed_and_resumed(folder, kills, seed):
     """Start a run again and again, killing it at random moments; returns how often it was killed at work."""
     draw = random.Random(seed)
     killed = 0
     for _ in range(kills):
-        child = in_a_child(lambda: start(name))
-        time.sleep(draw.uniform(0.05, 1.5))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        killed += os.WIFSIGNALED(status)
+        with in_a_child(tiny_run, folder) as child:
+            time.sleep(draw.uniform(0.05, 1.5))
+            child.kill()
+        killed += child.exitcode != 0
     return killed
 
 
-def test_killed_at_random_moments(start, whole):
-    assert killed_and_resumed(start, "parts", kills=4, seed=0) > 0
+def test_killed_at_random_moments(start, whole, tmp_path):
+    assert killed_and_resumed(tmp_path / "parts", kills=4, seed=0) > 0
     assert_the_same(start("parts"), whole)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_a_hundred_times(start, whole):
+def test_killed_a_hundred_times(start, whole, tmp_path):
     killed, run = 0, 0
     while killed < 100:
         run += 1
-        killed += killed_and_resumed(start, f"parts-{run}", kills=5, seed=run)
+        killed += killed_and_resumed(tmp_path / f"parts-{run}", kills=5, seed=run)
         assert_the_same(start(f"parts-{run}"), whole)
 
 
-class Killer:
-    """Kills this process at the so-manieth of the things that a save does to files."""
-
-    def __init__(self, at):
-        self.left = at
-
-    def before(self, function):
-        def counted(*arguments, **options):
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.left -= 1
-            return function(*arguments, **options)
-
-        return counted
-
-
-def killed_within_a_save(start, name, at):
+def killed_within_a_save(folder, at):
     """Kill a run in its second save, before the `at`-th thing that it does to files; False = it had ended."""
-
-    def job():
-        killer = Killer(at)
-        saves = checkpoint.save_checkpoint
-
-        def second(folder, step, *arguments):
-            if step == 6:
-                for owner, function in ((checkpoint, "save_file"), (checkpoint, "_sync"), (checkpoint, "_remove"),
-                                        (Path, "rename"), (Path, "write_text"), (Path, "mkdir")):  # fmt: skip
-                    setattr(owner, function, killer.before(getattr(owner, function)))
-            return saves(folder, step, *arguments)
-
-        import cpc.run
-
-        cpc.run.save_checkpoint = second
-        start(name)
-
-    _, status = os.waitpid(in_a_child(job), 0)
-    return os.WIFSIGNALED(status)
+    with in_a_child(run_killed_within_its_second_save, folder, at) as child:
+        pass
+    return child.exitcode != 0
 
 
 @pytest.mark.parametrize("at", [0, 4, 7, 11, 13, 15])
 def test_killed_within_a_save(start, whole, tmp_path, at):
-    assert killed_within_a_save(start, "parts", at)
+    assert killed_within_a_save(tmp_path / "parts", at)
     kept = {folder.name for folder in (tmp_path / "parts/checkpoints").glob("step_*")}
     assert kept in ({"step_00000003"}, {"step_00000003", "step_00000006"})
     assert_the_same(start("parts"), whole)
@@ -161,9 +102,9 @@ def test_killed_within_a_save(start, whole, tmp_path, at):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_at_every_point_of_a_save(start, whole):
+def test_killed_at_every_point_of_a_save(start, whole, tmp_path):
     at = 0
-    while killed_within_a_save(start, f"parts-{at}", at):
+    while killed_within_a_save(tmp_path / f"parts-{at}", at):
         assert_the_same(start(f"parts-{at}"), whole)
         at += 1
     assert at >= 20
@@ -174,13 +115,12 @@ def test_what_another_run_did_while_one_was_starting_is_not_undone(start, whole,
     with interrupted_at(4):
         start("parts")
 
-    first, usual = os.getpid(), cpc.run.resume_
+    usual = cpc.run.resume_
 
     def late(*arguments):
         step = usual(*arguments)
-        if os.getpid() == first:
-            _, status = os.waitpid(in_a_child(lambda: start("parts")), 0)
-            assert status == 0
+        with in_a_child(tiny_run, tmp_path / "parts"):
+            pass
         return step
 
     with monkeypatch.context() as patch:
@@ -335,31 +275,28 @@ def test_a_process_that_stands_still_ends_all_within_its_time(tmp_path):
     assert "error: another process failed or did not answer: its own output says why; res" in told
 
 
+@pytest.mark.parametrize("error", [
+    RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4"),
+    RuntimeError("Application timeout caused pair closure"),  # where another wait of the same process timed out
+    torch.distributed.DistStoreError("wait timeout after 6000ms, keys: /ready"),
+])  # fmt: skip
+def test_whatever_the_other_processes_silence_is_called(error):
+    assert way_out(error).startswith("another process failed or did not answer")
+    assert way_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+
+
 # ---- disks ----
 
 
-def limited(start, most):
-    """A run whose files the kernel does not let grow beyond so many bytes; returns its error."""
-
-    def job():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        with pytest.raises(OSError, match="File too large") as told:
-            start("parts")
-        Path("told").write_text(str(told.value))
-
-    _, status = os.waitpid(in_a_child(job), 0)
-    assert status == 0
-    return Path("told").read_text()
-
-
-def test_where_files_may_not_grow_the_last_checkpoint_stays(start, whole, tmp_path, monkeypatch, interrupted_at):
+def test_where_files_may_not_grow_the_last_checkpoint_stays(start, whole, tmp_path, interrupted_at):
     """A quota, or FAT's four GiB: the same error as of a full disk, from the kernel and in the midst of a save."""
-    monkeypatch.chdir(tmp_path)
     with interrupted_at(4):
         start("parts")
     (saved,) = (tmp_path / "parts/checkpoints").iterdir()
     largest = max(file.stat().st_size for file in saved.iterdir())
-    assert "cannot write" in limited(start, largest - 1)
+    with in_a_child(run_with_small_files, tmp_path / "parts", largest - 1, tmp_path / "told"):
+        pass
+    assert "cannot write" in (tmp_path / "told").read_text()
     assert list((tmp_path / "parts/checkpoints").iterdir()) == [saved]
     assert damage(saved) == ""
     assert_the_same(start("parts"), whole)

@@ -7,20 +7,22 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import time
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from contrastive_core.data import mnist5k
+from contrastive_core.data import Splits, mnist5k
 from contrastive_core.randomness import Randomness
 from contrastive_core.run_log import read_metrics
 from cpc.context import turn, turn_back
 from cpc.features import load_contexts, load_encoder
-from cpc.pretrain import pretrain
-from cpc.report import flat, main, page, papers_recipe, read_runs
+from cpc.pretrain import main_of_any_method, pretrain
+from cpc.report import by_position, flat, main, page, papers_recipe, read_runs, to_repeat
 from cpc.report_charts import Line, heat_maps, line_chart, number, share_table, thinned, ticks
 from cpc.report_pictures import DRAWS, augmented, last_weights, positions, some
 
@@ -130,6 +132,62 @@ def test_a_label_curve(made, tmp_path):
     assert "<td>&gt; 2.0</td><td>1.5 to 3.0</td>" in text
 
 
+@pytest.mark.parametrize("found", [[], {"label_split": "a"}, {"accuracies": [], "savings": [{"method": "CPC"}]}])
+def test_a_summary_of_another_tool_is_one_line(found, made, call_tool, capsys, tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps(found))
+    with pytest.raises(SystemExit) as ended:
+        call_tool(main, str(made / "cpc"), "--no-pictures", "--labels", str(tmp_path), "--out", str(tmp_path / "page"))
+    assert ended.value.code == 2
+    told = f"error: {tmp_path / 'summary.json'} is not what tools/sweep_labels.py writes: "
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_a_folder_of_several_runs_is_none_itself(made, tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "config.yaml").write_text("fraction: 0.01\npretrain: {}\nfinetune: {}\ndistill: {}\n")  # simclr_v2's
+    with pytest.raises(FileNotFoundError, match=r"is no run but holds some: pass .*pretrain"):
+        read_runs([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["cpc", "simclr"])
+def test_the_command_trains_the_same_again(name, made, call_tool, monkeypatch, tmp_path):
+    folder = shutil.copytree(made / name, tmp_path / "a run")
+    comment, command = to_repeat(*read_runs([folder])).splitlines()
+    python, tool, *arguments = shlex.split(command)
+    assert (comment[0], python, tool) == ("#", "python", "tools/pretrain.py")
+    monkeypatch.chdir(tmp_path)
+    call_tool(main_of_any_method, *arguments)
+    (again,) = (tmp_path / "runs").iterdir()
+    weights, same = (load_file(each / "encoder.safetensors") for each in (folder, again))
+    assert all(weights[key].equal(same[key]) for key in weights)
+    assert {each.name for each in tmp_path.iterdir()} == {"a run", "runs"}
+
+
+def test_a_loss_without_chance_is_not_said_to_be_nats(made, tmp_path):
+    shutil.copytree(made / "simclr", tmp_path / "byol")
+    rows = [{k: v for k, v in row.items() if k != "chance_loss"} for row in read_metrics(made / "simclr")]
+    (tmp_path / "byol/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page(read_runs([tmp_path / "byol"]), None, with_pictures=False)
+    assert "<figcaption>Loss <small></small>" in text
+    assert "nats" not in text
+
+
+def test_of_a_run_that_does_not_look_down_the_rest_is_shown(compose, tmp_path):
+    run = pretrain(compose(*CPC[1:], *TINY, "method.directions=[right,left]", f"run_dir={tmp_path / 'side'}"))
+    text = page(read_runs([run]), None)
+    assert "no pictures" not in text
+    assert text.count("data:image/png") == 2  # neighbours, augmented patches
+    assert re.findall(r"<b>(\w+)</b>", text) == ["right", "left"]
+
+
+@pytest.mark.parametrize(("count", "said"), [(20, "20"), (33, "16 or 17"), (40, "20"), (64, "32")])
+def test_it_says_how_many_images_are_compared(count, said, made):
+    splits = mnist5k(size=28)
+    few = Splits(splits.train, splits.test.subset(torch.arange(count)))
+    text = by_position(*read_runs([made / "cpc"]), few)
+    assert f"the share of {count} held-out images in which it is told from all patches of {said} of them" in text
+
+
 def test_the_tool(made, call_tool, capsys, tmp_path):
     call_tool(main, str(made / "simclr"), "--no-pictures", "--out", str(tmp_path / "deep/page.html"))
     assert capsys.readouterr().out == f"{tmp_path / 'deep/page.html'}\n"
@@ -150,6 +208,24 @@ def test_the_tool(made, call_tool, capsys, tmp_path):
 )
 def test_ticks_are_round(low, high, expected):
     assert ticks(low, high) == expected
+
+
+def axis_of(chart):
+    return re.findall(r'text-anchor="end">(.*?)</text>', chart)
+
+
+@pytest.mark.parametrize(
+    "values", [[5.6631, 5.6634, 5.6629], [1e-3, 0.9999e-3, 0.9998e-3], [1e-3, 0.999999e-3], [0.99991, 0.99993]]
+)
+def test_no_two_marks_of_an_axis_say_the_same(values):
+    marks = axis_of(line_chart("", "", [Line("a", [*enumerate(values)])]))
+    assert len(set(marks)) == len(marks) > 1
+
+
+def test_the_axis_of_a_number_that_stays_is_about_it():
+    marks = [float(mark) for mark in axis_of(line_chart("", "", [Line("a", [(1, 3e-4), (2, 3e-4)])]))]
+    assert all(1e-4 < mark < 5e-4 for mark in marks)
+    assert "0" in axis_of(line_chart("", "", [Line("a", [(1, 0.0)])]))
 
 
 def test_numbers_and_lines():

@@ -89,6 +89,30 @@ def test_a_sweep_s_saving_is_its_runs(runs):
     assert math.isnan(rows["killed"].saving)
 
 
+def test_a_sweep_that_is_also_worse_than_the_curve_keeps_its_savings(runs):
+    rows = [("CPC", 40, "2.0"), ("CPC", 1000, "< 0.16"), ("random", 20, "< 1.0"), ("SimCLR", 20, "< 1.0")]
+    savings = [
+        {"method": method, "labels": labels, "saving": saving, "against": "best from scratch"}
+        for method, labels, saving in rows
+    ]
+    known = {"CPC": [str(runs / "deep/cpc")], "SimCLR": [str(runs / "deep/simclr")]}
+    (runs / "summary.json").write_text(json.dumps({"runs": known, "savings": savings}))
+    found = {row.name: row for row in table_of(runs)[0]}
+    assert (found["deep/cpc"].saving, found["deep/cpc"].labels) == (2.0, 40)
+    assert math.isnan(found["deep/simclr"].saving)
+
+
+def test_a_folder_of_several_runs_is_none_itself(runs):
+    before = table_of(runs)[1]
+    (runs / "deep/.lock").touch()
+    (runs / "deep/config.yaml").write_text("fraction: 0.01\npretrain: {}\nfinetune: {}\ndistill: {}\n")  # simclr_v2's
+    rows, unread = table_of(runs)
+    assert unread == before
+    assert {"deep/cpc", "deep/simclr"} <= {row.name for row in rows}
+    (runs / "killed/encoder.json").write_text("[]")
+    assert len(table_of(runs)[1]) == len(before) + 1
+
+
 def test_sorting(runs):
     rows, _ = table_of(runs)
     assert next(iter(sorted_by(rows, "loss"))).name == "killed"

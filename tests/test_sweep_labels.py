@@ -158,6 +158,16 @@ def test_a_second_time_nothing_is_done_again(swept, runs, capsys):
 
 # ---- going on ----
 
+
+def test_another_command_s_runs_stay_known(configured, runs, tmp_path):
+    few = ["labels=[20]", "seeds=1", "random=[]", "protocols=[knn]", "scratch=[logistic]"]
+    for use in (slice(0, 2), slice(2, 3)):
+        sweep(configured(*few, use=use))
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["runs"] == {"CPC": [str(run) for run in runs[:2]], "SimCLR": [str(runs[2])]}
+    assert {row["method"] for row in summary["accuracies"]} == {"CPC", "SimCLR", "scratch"}
+
+
 QUICK = ["labels=[20,40]", "seeds=2", "scratch=[svm]", "random=[]", "protocols=[knn]"]
 
 

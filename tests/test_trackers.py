@@ -181,6 +181,8 @@ def test_a_run_goes_on_in_the_same_one_and_learns_the_same(compose, interrupted_
     time.sleep(1)
     run("tracked", both, "resume=auto")
     run("plain", "trackers=[]")
+    scalars, _ = tensorboard_run(tmp_path / "tracked/tensorboard")
+    assert [step for step, _ in scalars["loss"]] == [1, 2, 3, 4]  # what came after the checkpoint is purged
     _, config, rows = wandb_run(tmp_path / "tracked")
     assert config["method"]["context"]["width"] == 8
     assert [row["step"] for row in rows] == [1, 2, 3, 3, 4]  # step 3 was taken again after the checkpoint of step 2
