@@ -22,6 +22,7 @@ from contrastive_core.checkpoint import replacing
 from contrastive_core.data.boxes import BoxDataset, BoxSplits
 from contrastive_core.detection_plots import plot_found
 from contrastive_core.optim import parameter_groups
+from contrastive_core.reading import read_yaml
 from contrastive_core.run_log import RunLog
 from cpc.detection import detector, evaluate, find, fit
 from cpc.entry import build, check_complete, command, start_accelerator
@@ -128,10 +129,15 @@ def detect(cfg: DictConfig) -> Path:
     check_no_file(out, "out")
     if (out / "detection.json").is_file():
         raise FileExistsError(f"{out} holds a detection: pass another out")
+    written = out / "config.yaml"
+    if written.is_file() and "boxes" not in (read_yaml(written) or {}):
+        raise FileExistsError(f"{out} holds a run of another tool: pass another out")
     accelerator = start_accelerator(precision="no", device=cfg.device, threads=cfg.threads)
     if accelerator.num_processes > 1:
         raise ValueError("detection runs in one process: python tools/detect.py, without accelerate launch")
     splits: BoxSplits = build(cfg.boxes)
+    for split in splits:
+        split.check()
     if cfg.batch_size > len(splits.train):
         raise ValueError(f"batch_size={cfg.batch_size} of {len(splits.train)} training images: pass at most as many")
     model = built(cfg, len(splits.train.class_names)).to(accelerator.device)

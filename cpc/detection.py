@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_area, roi_align
 
 from contrastive_core.data.boxes import BoxDataset, Boxes
 from contrastive_core.data.loading import batch_indices
@@ -58,7 +58,23 @@ class EncoderBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             maps: Tensor = self.encoder.feature_map(images)  # type: ignore[operator]
+        self.scale = maps.shape[-1] / images.shape[-1]
         return maps
+
+
+class RegionPool(MultiScaleRoIAlign):
+    """RoIAlign on the backbone's map, by the scale that the backbone measured on what it was given.
+
+    torchvision's guesses it from the images before they are padded to a multiple of 32, which at 40 px, padded to 64,
+    is twice what it is.
+    """
+
+    def __init__(self, backbone: EncoderBackbone) -> None:
+        super().__init__(["0"], output_size=ROI_CELLS, sampling_ratio=2)
+        self._backbone = (backbone,)  # in a tuple it is not a part of this module
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        return roi_align(x["0"], boxes, self.output_size, self._backbone[0].scale, self.sampling_ratio)
 
 
 def detector(
@@ -100,7 +116,7 @@ def detector(
         rpn_anchor_generator=AnchorGenerator((tuple(anchors),), (RATIOS,)),
         rpn_post_nms_top_n_train=proposals,
         rpn_post_nms_top_n_test=proposals,
-        box_roi_pool=MultiScaleRoIAlign(["0"], output_size=ROI_CELLS, sampling_ratio=2),
+        box_roi_pool=RegionPool(backbone),
         box_head=TwoMLPHead(backbone.out_channels * ROI_CELLS**2, head_width),
         box_predictor=FastRCNNPredictor(head_width, classes + 1),
         box_batch_size_per_image=regions,
@@ -164,10 +180,21 @@ Found = dict[str, Tensor]
 
 @torch.no_grad()
 def find(model: FasterRCNN, images: Sequence[Tensor]) -> list[Found]:
-    """What a detector sees in images `3 h w` uint8 of any size; as many results as images."""
+    """What a detector sees in images `3 h w` uint8 of any size; as many results as images.
+
+    Those of one size go through it together: another's padding would be in LayerNorm's statistics, which are of the
+    whole map, and an image's boxes would depend on what it stands beside.
+    """
     device = next(model.parameters()).device
-    found = model.eval()([image.to(device).float() / 255 for image in images])
-    return [{**{name: each.cpu() for name, each in one.items()}, "labels": one["labels"].cpu() - 1} for one in found]
+    model.eval()
+    found: dict[int, Found] = {}
+    for size in dict.fromkeys(image.shape for image in images):
+        places = [place for place, image in enumerate(images) if image.shape == size]
+        found |= zip(places, model([images[place].to(device).float() / 255 for place in places]), strict=True)
+    return [
+        {**{name: each.cpu() for name, each in one.items()}, "labels": one["labels"].cpu() - 1}
+        for one in (found[place] for place in range(len(images)))
+    ]
 
 
 def mean_average_precision(found: Sequence[Found], truth: Sequence[Boxes], classes: int) -> dict[str, Any]:
@@ -182,16 +209,24 @@ def mean_average_precision(found: Sequence[Found], truth: Sequence[Boxes], class
 
     metric = MeanAveragePrecision(backend="faster_coco_eval", class_metrics=True)
     metric.warn_on_many_detections = False
-    metric.update(
-        [dict(one) for one in found],
-        [{"boxes": one.boxes, "labels": one.labels, "iscrowd": one.difficult.long()} for one in truth],
-    )
+    metric.update([dict(one) for one in found], [_wanted(one) for one in truth])
     result = metric.compute()
     means = {name: max(0.0, float(result[name])) for name in ("map", "map_50", "map_75")}
     per_class: list[float | None] = [None] * classes
     for label, value in zip(result["classes"].reshape(-1), result["map_per_class"].reshape(-1), strict=True):
         per_class[int(label)] = float(value) if value >= 0 else None
     return {**means, "per_class": per_class}
+
+
+def _wanted(one: Boxes) -> dict[str, Tensor]:
+    """Of an image, for torchmetrics. A crowd is overlapped by the share of the find that lies in it.
+
+    What is difficult by itself is overlapped as all else is: it is left out as of a size that is not asked for.
+    """
+    if one.crowds:
+        return {"boxes": one.boxes, "labels": one.labels, "iscrowd": one.difficult.long()}
+    area = box_area(one.boxes).masked_fill(one.difficult.bool(), 1e12)  # COCO's "all" ends at 1e10
+    return {"boxes": one.boxes, "labels": one.labels, "area": area}
 
 
 def evaluate(model: FasterRCNN, dataset: BoxDataset, batch_size: int) -> dict[str, Any]:

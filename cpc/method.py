@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from contrastive_core.gather import all_gather, first_row, mean_weight, row_counts
-from contrastive_core.losses import info_nce
+from contrastive_core.losses import info_nce, normalize
 from contrastive_core.method import Batch, Method
 from contrastive_core.metrics import contrast_hits, feature_std, spread_metrics, spread_rows
 from contrastive_core.transfer import to_device
@@ -128,6 +128,8 @@ class CPC(Method):
         held = sum(counts) if self.gather else min(counts)  # the same on all processes, which raise alike
         number_of_negatives = count_negatives(self.negatives, self.negatives_k, held // (rows * cols), rows * cols)
         compared_by = self._choice(representations, len(targets))
+        ranked = self._ranked(local)
+        ranked_targets = ranked(targets)
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         for offset in self.offsets:
@@ -140,7 +142,7 @@ class CPC(Method):
                 options = {} if compared is None else {"mask": as_mask(compared, local.device)}
                 loss = self.loss(predictions, targets, positive, gather=False, **options)
                 losses.append(loss * len(directions) / (len(self.directions) * len(self.offsets)))
-                metrics |= self._accuracies(names, predictions, targets, positive, compared)
+                metrics |= self._accuracies(names, ranked(predictions), ranked_targets, positive, compared)
         metrics["accuracy"] = torch.stack(list(metrics.values())).mean()
         metrics["chance_loss"] = self._chance_loss(predictions, targets, positive, **options)
         metrics |= spread_metrics(local)
@@ -189,6 +191,17 @@ class CPC(Method):
 
             return drawn
         return lambda positive, _: None
+
+    @torch.no_grad()
+    def _ranked(self, targets: Tensor) -> Callable[[Tensor], Tensor]:
+        """Makes of rows those whose dot product ranks as the loss does: unit ones where their lengths do not matter."""
+        one = torch.ones_like(targets[:1])
+        first, second = (
+            self.loss(one, torch.cat([one, 2 * one]), torch.full((1,), place, device=one.device), gather=False)
+            for place in (0, 1)
+        )
+        by_angle = torch.isclose(first, second, rtol=1e-4)  # where, not if: a GPU is not waited for
+        return lambda rows: torch.where(by_angle, normalize(rows.detach()), rows.detach())
 
     @torch.no_grad()
     def _chance_loss(self, predictions: Tensor, targets: Tensor, positive: Tensor, **options: Any) -> Tensor:

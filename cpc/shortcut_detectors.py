@@ -10,6 +10,7 @@ detector takes one of these away, or lets it in, and measures the method's own l
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from contrastive_core.augment.colour import grey
 from contrastive_core.losses import SigmoidLoss, cosine_info_nce
 from contrastive_core.method import Batch
-from contrastive_core.metrics import contrast_accuracy
+from contrastive_core.metrics import spread_rows
 from contrastive_core.randomness import Randomness
 from cpc.method import CPC
 from cpc.negatives import Compared, at_random, of_other_images, of_the_same_image, query_keys
@@ -169,7 +170,7 @@ def overlap(method: CPC, batches: Sequence[Batch], size: int, stride: int) -> Fi
     The context of a cell sees that cell, so up to `first_disjoint_offset(size, stride)` - 1 a part of the target is
     known already, pixel for pixel. Candidates are the same at every offset, so accuracies can be compared. What is
     nearer is also easier to guess: so the shared pixels are taken out of the targets, and then as many on their far
-    side, and the verdict goes by
+    side, and the verdict goes by the offset where the largest share is
 
     copied = (loss without the shared - loss without the far) / (chance loss - loss)
 
@@ -186,16 +187,19 @@ def overlap(method: CPC, batches: Sequence[Batch], size: int, stride: int) -> Fi
     if not inside:
         verdict = f"no: every offset predicted is at least {disjoint}, the first that shares no pixel with the context"
         return Finding("overlap", False, verdict, rows)
-    last = inside[-1]
-    without = {
-        near: stripped_accuracy(method, batches, last["offset"], last["shared_pixels"], near=near)
-        for near in (True, False)
-    }
-    rows.append(without[True].row(f"offset {last['offset']} without the shared px"))
-    rows.append(without[False].row(f"offset {last['offset']} without as many far px"))
-    known = last["chance_loss"] - last["loss"]
-    copied = (without[True].loss - without[False].loss) / known if known > KNOWN else 0.0
-    found = copied > LARGEST_SHARE if known > KNOWN else None
+    told = []
+    for row in inside:
+        without = {
+            near: stripped_accuracy(method, batches, row["offset"], row["shared_pixels"], near=near)
+            for near in (True, False)
+        }
+        rows.append(without[True].row(f"offset {row['offset']} without the shared px"))
+        rows.append(without[False].row(f"offset {row['offset']} without as many far px"))
+        known = row["chance_loss"] - row["loss"]
+        told.append(((without[True].loss - without[False].loss) / known if known > KNOWN else -math.inf, row, without))
+    # of equal ones, as where nothing is known, the last
+    copied, last, without = max(reversed(told), key=lambda each: each[0])
+    found = copied > LARGEST_SHARE if copied > -math.inf else None
     then = (
         f"offset {beyond[0]['offset']}, which shares none, {_share(beyond[0]['accuracy'])}"
         if beyond
@@ -364,33 +368,40 @@ def batch_statistics(method: CPC, batches: Sequence[Batch]) -> Finding:
 def image_mean_accuracy(targets: Tensor, negatives: str, k: int) -> float:
     """How often the mean of an image's targets is nearest to each of them: what knowing the image alone finds.
 
-    score(cell, j) = cos(mean of the image's targets - m, target j - m),  m the mean of all
+    score(cell, j) = cos(mean of the image's targets but j - m, target j - m),  m the mean of all
 
     Args:
         targets: `b rows cols d`.
         negatives: what the cell is found among: all, other_images, same_image or random, as `CPC`'s.
         k: how many random ones.
 
-    An image has one mean for all of its cells, so among the same image's it finds
-    one of them at most, which is chance (a tie is a miss).
+    A candidate is left out of the mean: with a target in its own mean, patches that have nothing in common would be
+    found. The score is the same for all cells of an image, so among the same image's it finds one of them at most,
+    which is chance (a tie is a miss).
 
     Example: `image_mean_accuracy(torch.randn(2, 2, 2, 8), "same_image", 3)` is 0.25, one of the four.
     """
     b, rows, cols, _ = targets.shape
-    cells, keys = rows * cols, rearrange(targets, "b rows cols d -> (b rows cols) d").double()
-    centred = keys - keys.mean(0)
-    means = rearrange(centred, "(b cells) d -> b cells d", b=b).mean(1)
+    cells, flat = rows * cols, rearrange(targets, "b rows cols d -> (b rows cols) d").double()
+    centred = flat - flat.mean(0)
     keys = nn.functional.normalize(centred)
+    sums = rearrange(centred, "(b cells) d -> b cells d", b=b).sum(1)
     positive = torch.arange(len(keys), device=keys.device)
+    image = positive // cells
+    scores = nn.functional.normalize(sums) @ keys.T
+    scores[image, positive] = (nn.functional.normalize(sums[image] - centred) * keys).sum(1)
     compared: dict[str, Callable[[], Compared | None]] = {
         "all": lambda: None,
         "other_images": lambda: of_other_images(positive, cells, len(keys)),
         "same_image": lambda: of_the_same_image(positive, cells, len(keys)),
         "random": lambda: at_random(positive, _keys(b, len(keys), keys.device), k, positive),
     }
-    queries = means.repeat_interleave(cells, 0)
-    accuracy = contrast_accuracy(queries, keys, positive, limit=2048, compared=compared[negatives]())
-    return float(accuracy)
+    chosen, among = spread_rows(len(keys), keys.device, 2048), compared[negatives]()
+    found = scores[image[chosen]]
+    own = found.gather(1, chosen[:, None]).squeeze(1)
+    if among is not None:
+        found.masked_fill_(~among(chosen), -torch.inf)
+    return float((own > found.scatter_(1, chosen[:, None], -torch.inf).amax(1)).double().mean())
 
 
 def _keys(b: int, n: int, device: torch.device) -> Tensor:

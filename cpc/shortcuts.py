@@ -89,6 +89,11 @@ def find(method: CPC, images: Tensor, fed: dict[str, Any], batch_size: int, devi
 
     Args: fed: a card's `input`: image_size, patch_size, stride, mean, std.
     """
+    side = images.shape[-1]
+    if side < fed["image_size"]:  # center_crop would put a black frame around them
+        raise ValueError(
+            f"images of {side} px, and the run's have {fed['image_size']}: pass load_size of at least that"
+        )
     images = vision.center_crop(images, [fed["image_size"]] * 2)
     keys = ("image_size", "patch_size", "stride", "mean", "std")
 

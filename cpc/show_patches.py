@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from contrastive_core.data.images import as_rgb
 from contrastive_core.plots import save_figure
 from contrastive_core.randomness import Randomness
 from cpc.patch_augment import PatchAugment, patch_augment_digits, patch_augment_v1, patch_augment_v2
@@ -36,7 +37,7 @@ def open_image(file: Path | None) -> Image.Image:
     Raises:
         ValueError: in one line, if there is no such file or it holds no image.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if file is None:
         from sklearn.datasets import load_sample_images
@@ -44,10 +45,10 @@ def open_image(file: Path | None) -> Image.Image:
         return Image.fromarray(load_sample_images().images[0])
     try:
         with Image.open(file) as opened:
-            return opened.convert("RGB")
+            return as_rgb(ImageOps.exif_transpose(opened))
     except FileNotFoundError:
         raise ValueError(f"no file {file}: pass --image with a picture, or leave it out for a bundled one") from None
-    except OSError as fault:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
         raise ValueError(f"{file} can't be read as an image ({fault}): pass a JPEG or PNG") from None
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from contrastive_core.losses import info_nce
+from contrastive_core.losses import SigmoidLoss, cosine_info_nce, info_nce
 from contrastive_core.method import Batch
 from cpc.context import DIRECTIONS, ContextNetwork, turn
 from cpc.encoders import resnet_small
@@ -74,6 +74,18 @@ def test_the_loss_is_the_pseudo_codes(images, rows, cols, offsets):
         loss, metrics = cpc(batch_of(latents))
     assert float(loss) == pytest.approx(sum(expected) / len(expected), rel=1e-12)
     assert float(metrics["chance_loss"]) == pytest.approx(math.log(images * rows * cols))
+
+
+@pytest.mark.parametrize(("loss", "right"), [
+    (partial(info_nce, temperature=1.0), 0), (partial(cosine_info_nce, temperature=0.1), 1), (SigmoidLoss(), 1),
+    (SigmoidLoss(normalised=False), 0),
+])  # fmt: skip
+def test_the_accuracy_is_by_the_losss_own_score(loss, right):
+    """The target points where the prediction does; another is longer, and has the larger dot product."""
+    cpc = method(dim=2, target_dim=2, directions=["down"], loss=loss)
+    representations = {"targets": torch.tensor([[[[10.0, 20.0]], [[1.0, 0.0]]]]), "mean": torch.ones(1, 2)}
+    representations["down_1"] = torch.tensor([[[[1.0, 0.0]]]])
+    assert cpc.float().contrast(representations)[1]["accuracy"] == right
 
 
 def test_identical_latents_are_at_chance():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from export_runs import write_cpc_run
 from torch import nn
-from voc_files import write_voc
+from voc_files import annotation, write_voc
 
 from contrastive_core.data.boxes import Boxes, pasted_digits
 from contrastive_core.optim import warmup_cosine
@@ -70,6 +70,36 @@ def test_it_learns_four_canvases_by_heart():
     assert evaluate(model, four, 2)["map_50"] > 0.8
 
 
+def test_an_image_is_seen_alike_beside_one_of_another_size():
+    model, image = small_detector(), canvases(1)[0][0]
+    model.roi_heads.score_thresh, model.transform.max_size = 0.0, 96
+    (alone,) = find(model, [image])
+    _, beside, again = find(model, [torch.zeros(3, 48, 96, dtype=torch.uint8), image, image])
+    for name, each in alone.items():
+        torch.testing.assert_close(beside[name], each)
+        torch.testing.assert_close(again[name], each)
+    assert len(alone["boxes"])
+
+
+@pytest.mark.parametrize("side", [20, 40, 48, 64])
+def test_regions_are_pooled_where_they_are(side):
+    """On a map that is the image at half its size, a region's cells hold its own pixels, whatever it is padded to."""
+
+    class Halved(nn.Module):
+        dim = 3
+
+        def feature_map(self, images):
+            return nn.functional.avg_pool2d(images, 2)
+
+    model = detector(Halved(), 1, mean=(0, 0, 0), std=(1, 1, 1), sides=(side, side), anchors=(8,), head_width=4).eval()
+    image = torch.zeros(3, side, side)
+    image[:, 8:16, 4:12] = 1
+    padded, _ = model.transform([image])
+    box = [torch.tensor([[4.0, 8, 12, 16]])]
+    pooled = model.roi_heads.box_roi_pool({"0": model.backbone(padded.tensors)}, box, padded.image_sizes)
+    torch.testing.assert_close(pooled[:, :, 1:5, 1:5], torch.ones(1, 3, 4, 4))  # the outer ones mix with what is beside
+
+
 def boxes_of(*sides, labels=None, difficult=None):
     count = len(sides)
     return Boxes(
@@ -103,6 +133,13 @@ def test_a_false_find_costs_and_a_difficult_one_does_not():
     assert mean_average_precision([both], truth, 1)["map"] == pytest.approx(1)
     truth = [boxes_of([0, 0, 10, 10])]
     assert mean_average_precision([both], truth, 1)["map"] == pytest.approx(0.5)
+
+
+def test_a_part_of_a_crowd_is_no_mistake_and_one_of_a_difficult_box_is():
+    truth = boxes_of([0, 0, 10, 10], [50, 50, 250, 250], difficult=[False, True])
+    within = found_as(boxes_of([0, 0, 10, 10], [100, 100, 110, 110]), [0.5, 0.9])
+    assert mean_average_precision([within], [truth], 1)["map"] == pytest.approx(0.5)
+    assert mean_average_precision([within], [truth._replace(crowds=True)], 1)["map"] == pytest.approx(1)
 
 
 def test_a_flip_takes_the_boxes_along_and_difficult_ones_are_not_learned():
@@ -150,6 +187,39 @@ def test_the_tool(run, compose, tmp_path, capsys):
     assert "map_50" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match="holds a detection"):
         detect(compose(f"run={run}", f"out={tmp_path / 'out'}", *TINY, name="detect"))
+
+
+def test_a_run_is_not_written_over(compose, tmp_path):
+    run = write_cpc_run(tmp_path / "run")
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    with pytest.raises(FileExistsError, match="holds a run of another tool: pass another out"):
+        detect(compose(f"run={run}", f"out={run}", *TINY, name="detect"))
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+
+
+def test_a_detection_that_was_stopped_begins_again(run, compose, tmp_path):
+    for _ in range(2):
+        detect(compose(f"run={run}", f"out={tmp_path / 'out'}", *TINY, name="detect")).unlink()
+
+
+@pytest.mark.parametrize(("missing", "said"), [
+    ("Annotations/000002.xml", "has no annotation"), ("JPEGImages/000002.jpg", "an image with boxes is missing"),
+])  # fmt: skip
+def test_what_is_missing_is_told_before_training(run, compose, tmp_path, missing, said):
+    folder = write_voc(tmp_path)
+    (folder / missing).unlink()
+    where = [f"run={run}", f"out={tmp_path / 'out'}", "boxes=voc", f"boxes.root={folder}", "steps=1", "batch_size=1"]
+    with pytest.raises(FileNotFoundError, match=said):
+        detect(compose(*where, "sides=[32,48]", "threads=1", name="detect"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_find_is_told_before_training(run, compose, tmp_path):
+    folder = write_voc(tmp_path)
+    (folder / "Annotations/000002.xml").write_text(annotation(("dog", (1, 2, 20, 10), True)))
+    where = [f"run={run}", f"out={tmp_path / 'out'}", "boxes=voc", f"boxes.root={folder}", "steps=1", "batch_size=1"]
+    with pytest.raises(ValueError, match="1 images, and no box that counts"):
+        detect(compose(*where, "sides=[32,48]", "threads=1", name="detect"))
 
 
 def test_the_recipe_for_voc(run, compose, tmp_path):

@@ -24,7 +24,7 @@ from contrastive_core.augment import (
 )
 from contrastive_core.randomness import Randomness
 from cpc.patch_augment import PatchAugment, patch_augment_digits, patch_augment_v1, patch_augment_v2
-from cpc.show_patches import main
+from cpc.show_patches import main, open_image
 
 EVERYTHING = {
     "primitives": 2,
@@ -313,3 +313,31 @@ def test_bad_input_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_the_picture_is_read_as_training_reads_it(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from contrastive_core.data.images import decode_square
+
+    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(grey).save(tmp_path / "16bit.png")
+    Image.fromarray((grey >> 8).astype(np.uint8)).save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGBA", (64, 64)).save(tmp_path / "clear.png")
+    for file in sorted(tmp_path.iterdir()):
+        seen = torch.from_numpy(np.array(open_image(file))).permute(2, 0, 1)
+        torch.testing.assert_close(seen, decode_square(file.read_bytes(), 64), msg=file.name)
+
+
+def test_a_broken_png_is_one_line(tmp_path: Path) -> None:
+    from PIL import Image
+
+    file = tmp_path / "broken.png"
+    Image.effect_noise((400, 400), 99).save(file)
+    before, _, after = file.read_bytes().rpartition(b"IDAT")  # the last of several
+    file.write_bytes(before + b"\x00\x01\x02\x03" + after)
+    with pytest.raises(ValueError, match=r"broken\.png can't be read as an image"):
+        open_image(file)

@@ -146,12 +146,26 @@ def test_near_pixels_that_nothing_hangs_on_are_not_copied():
     told = overlap(nothing, batches, SIZE, STRIDE)
     assert told.found is None
     assert told.verdict.startswith("cannot be told: ")
-    images = torch.randint(256, (16, 3, 1, 1), dtype=torch.uint8).expand(16, 3, SIDE, SIDE).contiguous()
+    images = noise(16, 1).expand(16, 3, SIDE, SIDE).contiguous()
     mean = Signed(lambda patches: 8 * patches[..., -1, :].mean(2), 3)  # by their last row, which is not shared
     honest = planted(mean, lambda _: torch.eye(3), offsets=(1,))
     told = overlap(honest, patch_batches(images, 8, views(SIDE, SIZE, STRIDE), CPU), SIZE, STRIDE)
     assert told.found is False
     assert "offset 1 shares 2 of 4 px" in told.verdict
+
+
+def test_a_copy_at_the_first_of_two_offsets_that_share_is_found():
+    """At the second, which shares fewer pixels, nothing is known."""
+    side, size, stride = 14, 6, 2
+    grid = extract_patches(torch.arange(3.0 * side * side).reshape(1, 3, side, side), size, stride)[0].flatten(2)
+    shared = (grid[2, 1][:, None] == grid[1, 1][None, :]).float()
+    method = planted(Signed(nn.Flatten(), 3 * size**2), lambda _: shared, offsets=(1, 2))
+    found = overlap(method, patch_batches(noise(16, side), 8, views(side, size, stride), CPU), size, stride)
+    assert found.found
+    assert "offset 1 shares 4 of 6 px" in found.verdict
+    assert [row["case"] for row in found.rows if "without the shared" in row["case"]] == [
+        "offset 1 without the shared px", "offset 2 without the shared px",
+    ]  # fmt: skip
 
 
 def test_a_strip_is_taken_where_the_context_is():
@@ -276,10 +290,18 @@ def test_a_slow_loop_gives_the_same_mean_accuracy():
     hits = 0
     for i in range(24):
         image = range(i // 6 * 6, i // 6 * 6 + 6)
-        mean = flat[list(image)].mean(0)
-        scores = {j: float(torch.cosine_similarity(mean, flat[j], dim=0)) for j in range(24)}
+        scores = {}
+        for j in range(24):
+            mean = flat[[k for k in image if k != j]].mean(0)
+            scores[j] = float(torch.cosine_similarity(mean, flat[j], dim=0))
         hits += all(scores[i] > scores[j] for j in range(24) if j not in image)
     assert image_mean_accuracy(targets, "other_images", 5) == pytest.approx(hits / 24)
+
+
+def test_patches_that_have_nothing_in_common_are_not_found_by_their_mean():
+    targets = torch.randn(32, 3, 3, 64, generator=torch.Generator().manual_seed(0))
+    assert image_mean_accuracy(targets, "other_images", 8) < 0.03  # chance 1 / 280
+    assert image_mean_accuracy(targets, "random", 8) == pytest.approx(1 / 9, abs=0.05)
 
 
 # ---- batch statistics ----
@@ -469,6 +491,7 @@ def test_mistakes_are_one_line(made, call_tool, capsys, tmp_path):
     assert "images=1: pass at least 2" in said(f"run={made / 'cpc'}", "images=1")
     assert "batch_size=1: pass at least 2" in said(f"run={made / 'cpc'}", "batch_size=1")
     assert "no.parquet" in said(f"run={made / 'cpc'}", "data=parquet", "data.train=no.parquet")
+    assert "images of 20 px, and the run's have 28" in said(f"run={made / 'cpc'}", "load_size=20")
     assert not (made / "cpc" / FILE).exists()
 
     unfinished = tmp_path / "unfinished"

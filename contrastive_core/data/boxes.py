@@ -31,11 +31,15 @@ LARGEST_COCO = 1 << 30
 
 
 class Boxes(NamedTuple):
-    """What is in an image. boxes: `n 4` float32; labels: `n` int64 from 0; difficult: `n` bool, not to be counted."""
+    """What is in an image. boxes: `n 4` float32; labels: `n` int64 from 0; difficult: `n` bool, not to be counted.
+
+    crowds: whether the difficult ones are COCO's crowds, in which any part may be found, or VOC's, each a thing.
+    """
 
     boxes: Tensor
     labels: Tensor
     difficult: Tensor
+    crowds: bool = False
 
 
 class BoxDataset(Dataset[tuple[Tensor, Boxes]]):
@@ -67,6 +71,19 @@ class BoxDataset(Dataset[tuple[Tensor, Boxes]]):
     def boxes(self, index: int) -> Boxes:
         """Those of one image, which is not read for it."""
         return self._boxes(index) if callable(self._boxes) else self._boxes[index]
+
+    def check(self) -> None:
+        """See, before hours are spent, that all images are there and annotations can be read, and something counts.
+
+        Raises FileNotFoundError or ValueError, in one line that names the file.
+        """
+        counted = 0
+        for index, image in enumerate(self._images):
+            if isinstance(image, Path) and not image.is_file():
+                raise FileNotFoundError(f"no {image}: an image with boxes is missing")
+            counted += int((~self.boxes(index).difficult).sum())
+        if not counted:
+            raise ValueError(f"{len(self)} images, and no box that counts: pass another split or file")
 
     def __getitem__(self, index: int) -> tuple[Tensor, Boxes]:
         pixels, found = self._pixels(self._images[index]), self.boxes(index)
@@ -104,7 +121,7 @@ def voc(root: str | Path, train: str = "trainval", test: str = "test") -> BoxSpl
     Args: `train`, `test`: names of lists in ImageSets/Main.
 
     VOC's pixels are counted from 1 and both sides are inclusive: xmin = 1, xmax = 10 are ten pixels, x1 = 0, x2 = 10
-    here. Raises FileNotFoundError where a list or an annotation is missing, ValueError for one that is none.
+    here. Raises FileNotFoundError where a list is missing; an annotation is read when it is asked for, or by `check`.
     """
     return BoxSplits(*(_voc_split(Path(root), name) for name in (train, test)))
 
@@ -216,7 +233,7 @@ def _coco_split(folder: Path, read: Coco, names: dict[int, str]) -> BoxDataset:
             [each["sides"] for each in of_image[identity]],
             [place[each["category_id"]] for each in of_image[identity]],
             [bool(each.get("iscrowd", 0)) for each in of_image[identity]],
-        )
+        )._replace(crowds=True)
         for identity, _ in images
     ]
     return BoxDataset([folder / name for _, name in images], boxes, list(names.values()))
