@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,7 @@ from contrastive_core.optim import parameter_groups
 from contrastive_core.reading import read_yaml
 from contrastive_core.run_log import RunLog
 from cpc.detection import detector, evaluate, find, fit
-from cpc.entry import build, check_complete, command, start_accelerator
+from cpc.entry import build, build_schedule, check_complete, command, start_accelerator
 from cpc.features import read_card, read_encoder, untrained_encoder
 from cpc.run_folder import check_no_file, default_run_dir
 
@@ -98,7 +99,9 @@ def built(cfg: DictConfig, classes: int) -> FasterRCNN:
     )
 
 
-def trained_(cfg: DictConfig, model: FasterRCNN, dataset: BoxDataset, out: Path) -> None:
+def trained_(
+    cfg: DictConfig, model: FasterRCNN, dataset: BoxDataset, schedule: Callable[[float], float], out: Path
+) -> None:
     """Train a detector, with rows in `out`/metrics.jsonl."""
     optimizer = build(cfg.optimizer, parameter_groups(model, exclude=False), _partial_=False)
     with RunLog(out, start=0, steps=cfg.steps, trackers=()) as log:
@@ -114,7 +117,7 @@ def trained_(cfg: DictConfig, model: FasterRCNN, dataset: BoxDataset, out: Path)
             dataset,
             steps=cfg.steps,
             batch_size=cfg.batch_size,
-            schedule=build(cfg.schedule),
+            schedule=schedule,
             flip=cfg.flip,
             seed=cfg.seed,
             clip=cfg.clip,
@@ -141,10 +144,11 @@ def detect(cfg: DictConfig) -> Path:
     if cfg.batch_size > len(splits.train):
         raise ValueError(f"batch_size={cfg.batch_size} of {len(splits.train)} training images: pass at most as many")
     model = built(cfg, len(splits.train.class_names)).to(accelerator.device)
+    schedule = build_schedule(cfg.schedule)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(OmegaConf.to_container(cfg, resolve=True), sort_keys=False))
     began = time.perf_counter()
-    trained_(cfg, model, splits.train, out)
+    trained_(cfg, model, splits.train, schedule, out)
     seconds = time.perf_counter() - began
     found = evaluate(model, splits.test, cfg.batch_size)
     per_class = dict(zip(splits.train.class_names, found.pop("per_class"), strict=True))

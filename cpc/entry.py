@@ -254,6 +254,18 @@ def build(node: Any, *arguments: Any, **named: Any) -> Any:
         raise (cause if isinstance(cause, Exception) else ValueError(str(error))) from None
 
 
+def build_schedule(node: Any) -> Callable[[float], float]:
+    """The base learning rate's factor by the share of the run that is over.
+
+    Raises ValueError for none at all, and for what its arguments cannot mean, as a warm-up of twice the run.
+    """
+    schedule: Callable[[float], float] | None = build(node)
+    if schedule is None:
+        raise ValueError("schedule=null: leave it out, or pass schedule._target_=contrastive_core.optim.constant")
+    schedule(0.0)
+    return schedule
+
+
 def run_name() -> str:
     """What a run is called on the command line: its experiment, else its method (unless that is CPC) and its data."""
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}

@@ -36,7 +36,7 @@ from contrastive_core.run_log import RunLog, read_metrics
 from contrastive_core.sharding import copy_whole_, shard_
 from contrastive_core.trackers import check_trackers
 from contrastive_core.training import StepResult, train_steps
-from cpc.entry import build, check_complete, run_name, start_accelerator
+from cpc.entry import build, build_schedule, check_complete, run_name, start_accelerator
 from cpc.features import FrozenEncoder, parts_card, parts_of
 from cpc.interruption import Stopped, StopRequest
 from cpc.run_folder import check_folder, checkpoint_to_resume, choose_run_dir, claimed, saved_checkpoints
@@ -294,8 +294,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     method.to(memory_format=torch.channels_last)
     if cfg.global_batch_norm and accelerator.num_processes > 1:
         method = cast(Method, globalize_batch_norm(method))
-    schedule = build(cfg.schedule)
-    schedule(0.0)  # a warm-up that is no share is refused here
+    schedule = build_schedule(cfg.schedule)
     if cfg.grad_cache:
         check_cacheable(method)
     trained = made_ready(cfg, method, accelerator)

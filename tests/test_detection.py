@@ -240,6 +240,7 @@ def test_a_missing_package_is_told_before_anything_is_read(compose, monkeypatch)
 
 
 @pytest.mark.parametrize(("overrides", "said"), [
+    (["schedule=null"], "schedule=null: leave it out"),
     (["steps=0"], "steps=0: pass at least 1"), (["sides=[600,500]"], "sides=[600, 500]"),
     (["anchors=[]"], "anchors=[]"), (["batch_size=400"], "batch_size=400 of 4 training images"), (["clip=0"], "clip=0"),
     (["boxes=voc", "boxes.root=/nowhere"], "ImageSets/Main"), (["boxes=coco"], "not given: boxes.test_annotations"),
