@@ -128,7 +128,7 @@ class CPC(Method):
         held = sum(counts) if self.gather else min(counts)  # the same on all processes, which raise alike
         number_of_negatives = count_negatives(self.negatives, self.negatives_k, held // (rows * cols), rows * cols)
         compared_by = self._choice(representations, len(targets))
-        ranked = self._ranked(local)
+        ranked = self.ranked(local)
         ranked_targets = ranked(targets)
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
@@ -193,15 +193,25 @@ class CPC(Method):
         return lambda positive, _: None
 
     @torch.no_grad()
-    def _ranked(self, targets: Tensor) -> Callable[[Tensor], Tensor]:
-        """Makes of rows those whose dot product ranks as the loss does: unit ones where their lengths do not matter."""
-        one = torch.ones_like(targets[:1])
+    def ranked(self, targets: Tensor) -> Callable[[Tensor], Tensor]:
+        """Makes of rows those whose dot product ranks as the loss does: unit ones where their lengths do not matter.
+
+        Args: `targets`: `... d`, of any values; what is looked for is whether the loss knows a row from its double.
+
+        Example: with the usual loss `ranked(targets)(targets)` equals `targets`; with a cosine's, `normalize(targets)`.
+        """
+        one = torch.ones_like(targets.flatten(0, -2)[:1])
         first, second = (
             self.loss(one, torch.cat([one, 2 * one]), torch.full((1,), place, device=one.device), gather=False)
             for place in (0, 1)
         )
         by_angle = torch.isclose(first, second, rtol=1e-4)  # where, not if: a GPU is not waited for
-        return lambda rows: torch.where(by_angle, normalize(rows.detach()), rows.detach())
+
+        def as_ranked(rows: Tensor) -> Tensor:
+            rows = rows.detach()
+            return torch.where(by_angle, normalize(rows.flatten(0, -2)).view_as(rows), rows)
+
+        return as_ranked
 
     @torch.no_grad()
     def _chance_loss(self, predictions: Tensor, targets: Tensor, positive: Tensor, **options: Any) -> Tensor:

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange, repeat
-from safetensors.torch import load_file
+from einops import repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contrastive_core.checkpoint import latest_checkpoint
 from contrastive_core.data import ImageDataset, Splits, evaluation_batches
 from contrastive_core.metrics import contrast_hits
 from contrastive_core.plots import BLUE, INK, new_figure, plot_retrieval, save_figure
 from contrastive_core.randomness import Randomness
 from cpc.context import turn, turn_back
-from cpc.features import load_contexts, load_encoder, read_card
+from cpc.features import load_encoder, read_card
+from cpc.method import CPC
 from cpc.patches import extract_patches
 from cpc.prediction import positive_cells
+from cpc.trained_cpc import load_cpc
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,41 +69,28 @@ def neighbours(run: Path, splits: Splits, file: Path) -> None:
     plot_retrieval(queries, bank[nearest], file)
 
 
-def last_weights(run: Path) -> dict[str, Tensor]:
-    """The method's, the averaged ones where there are some, of the last whole checkpoint.
-
-    Raises FileNotFoundError where there is none.
-    """
-    checkpoint = latest_checkpoint(run / "checkpoints")
-    if checkpoint is None:
-        raise FileNotFoundError(f"no checkpoint in {run}, which holds the prediction heads")
-    averaged = checkpoint / "averaged.safetensors"
-    return load_file(averaged if averaged.is_file() else checkpoint / "method.safetensors")
-
-
-def head_of(weights: dict[str, Tensor], direction: str, offset: int) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a prediction head. Raises KeyError for a direction or offset that the run has not."""
-    name = f"heads.{direction}.heads.{offset}"
-    return weights[f"{name}.weight"], weights[f"{name}.bias"]
-
-
 def predicted_scores(run: Path, images: Tensor, direction: str, offset: int) -> tuple[Tensor, tuple[int, int]]:
     """For each image the scores of all patches of all images, `n n rows cols`, and the context's cell on the grid.
 
-    The context stands as far behind as the offset wants and in the middle across; the grid is the image's own.
+    The context stands as far behind as the offset wants and in the middle across; the grid is the image's own. Raises
+    KeyError for a direction or offset that the run has not.
     """
-    encoder = load_encoder(run, readout="grid")
-    weights = last_weights(run)
+    encoder, method = load_encoder(run, readout="grid"), load_cpc(run)
     latents = encoded(encoder, images, encoder.batch_size)
     rows, cols = latents.shape[1:3]
-    context = load_contexts(run).networks[load_contexts(run).context_of[direction]]
     cell = ((rows - offset) // 2, cols // 2)
     with torch.inference_mode():
-        seen = context(turn(latents, direction))[:, cell[0], cell[1]]
-        prediction = F.linear(seen, *head_of(weights, direction, offset))
-        targets = rearrange(latents @ weights["target_projection.weight"].T, "n rows cols d -> (n rows cols) d")
-        scores = rearrange(prediction @ targets.T, "q (n rows cols) -> q n rows cols", rows=rows, cols=cols)
+        targets, prediction = _contrasted(method, latents, direction, offset)
+        scores = torch.einsum("q d, n r c d -> q n r c", prediction[:, cell[0], cell[1]], targets)
     return scores, cell
+
+
+def _contrasted(method: CPC, latents: Tensor, direction: str, offset: int) -> tuple[Tensor, Tensor]:
+    """Targets `b rows cols d'` and predictions `b rows - offset cols d'` of the turned grid, as the loss ranks them."""
+    targets = method.target_projection(latents)
+    ranked = method.ranked(targets)
+    context = method.contexts[method.context_of[direction]](turn(latents, direction))
+    return ranked(targets), ranked(method.heads[direction](context)[offset])
 
 
 def predictions(run: Path, splits: Splits, file: Path, *, offset: int, count: int = 5) -> None:
@@ -143,38 +130,28 @@ def positions(
 
     Example: with `offsets=[2]` the first two rows of "down" are NaN.
     """
-    encoder, contexts, weights = load_encoder(run, readout="grid"), load_contexts(run), last_weights(run)
+    encoder, method = load_encoder(run, readout="grid"), load_cpc(run)
     latents = encoded(encoder, images, encoder.batch_size)
     groups = latents.tensor_split(-(-len(latents) // together))
     found = {}
     with torch.inference_mode():
-        for direction, name in contexts.context_of.items():
+        for direction in method.directions:
             hits = torch.zeros_like(turn(latents[..., 0], direction))  # on the turned grid
             reached = torch.zeros_like(hits)
             for offset in offsets:
-                head = head_of(weights, direction, offset)
-                told = [_told(group, contexts.networks[name], head, weights, direction, offset) for group in groups]
-                hits[:, offset:] += torch.cat(told)
+                hits[:, offset:] += torch.cat([_told(method, group, direction, offset) for group in groups])
                 reached[:, offset:] += 1
             shares = hits.sum(0, keepdim=True) / reached.sum(0, keepdim=True)  # 0 / 0 is NaN
             found[direction] = turn_back(shares, direction)[0].tolist()
     return found
 
 
-def _told(
-    latents: Tensor,
-    network: nn.Module,
-    head: tuple[Tensor, Tensor],
-    weights: dict[str, Tensor],
-    direction: str,
-    offset: int,
-) -> Tensor:
+def _told(method: CPC, latents: Tensor, direction: str, offset: int) -> Tensor:
     """1.0 where the prediction scores its target highest of all, `b rows - offset cols` of the turned grid."""
     b, rows, cols, _ = latents.shape
-    context = network(turn(latents, direction))
-    predictions = F.linear(context[:, : context.shape[1] - offset], *head)
-    targets = rearrange(latents @ weights["target_projection.weight"].T, "b rows cols d -> (b rows cols) d")
-    hit = contrast_hits(predictions.flatten(0, 2), targets, positive_cells(b, rows, cols, offset, direction))
+    targets, predictions = _contrasted(method, latents, direction, offset)
+    positive = positive_cells(b, rows, cols, offset, direction)
+    hit = contrast_hits(predictions.flatten(0, 2), targets.flatten(0, 2), positive)
     return hit.float().view(predictions.shape[:3])
 
 

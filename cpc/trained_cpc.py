@@ -57,7 +57,7 @@ def load_cpc(run: str | Path) -> CPC:
     context = card["context"]["networks"].values()
     arguments = {name: of_method[name] for name in OWN if name in of_method}
     check_plain(arguments, written)
-    kept = _kept(folder)
+    kept = last_weights(folder)
     try:
         method = CPC(
             encoder,
@@ -72,8 +72,11 @@ def load_cpc(run: str | Path) -> CPC:
     return method.eval().requires_grad_(False)
 
 
-def _kept(folder: Path) -> dict[str, Tensor]:
-    """The method's weights of a run's last whole checkpoint, the averaged ones where it has them."""
+def last_weights(folder: Path) -> dict[str, Tensor]:
+    """The method's weights of a run's last whole checkpoint, the averaged ones where it has them.
+
+    Raises FileNotFoundError where there is no checkpoint, ValueError for weights that cannot be read.
+    """
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise FileNotFoundError(f"no checkpoint in {folder / 'checkpoints'}, which holds the prediction heads")

@@ -10,11 +10,13 @@ import re
 import shlex
 import shutil
 import time
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from contrastive_core.data import Splits, mnist5k
 from contrastive_core.randomness import Randomness
@@ -24,7 +26,8 @@ from cpc.features import load_contexts, load_encoder
 from cpc.pretrain import main_of_any_method, pretrain
 from cpc.report import by_position, flat, main, page, papers_recipe, read_runs, to_repeat
 from cpc.report_charts import Line, heat_maps, line_chart, number, share_table, thinned, ticks
-from cpc.report_pictures import DRAWS, augmented, last_weights, positions, some
+from cpc.report_pictures import DRAWS, augmented, positions, some
+from cpc.trained_cpc import last_weights
 
 TINY = ["batch_size=8", "encoder.width=4", "steps=4", "threads=1", "probe_every=2", "probe_images=50", "log_every=1"]
 CPC = ["method=cpc", "method.context.width=8", "method.context.layers=1"]
@@ -243,7 +246,7 @@ AHEAD = {"down": (1, 0), "up": (-1, 0), "right": (0, 1), "left": (0, -1)}
 
 
 @torch.no_grad()
-def found_slowly(run, images, direction, offset):
+def found_slowly(run, images, direction, offset, scored):
     """Shares by the place of the target, "(row, col)", in float64, one prediction at a time, told by coordinates."""
     latents = load_encoder(run, readout="grid")(images.float() / 255).double()
     kept = {name: weight.double() for name, weight in last_weights(run).items()}
@@ -257,17 +260,20 @@ def found_slowly(run, images, direction, offset):
             source = row - offset * AHEAD[direction][0], col - offset * AHEAD[direction][1]
             if 0 <= source[0] < rows and 0 <= source[1] < cols:
                 predictions = seen[:, source[0], source[1]] @ kept[f"{head}.weight"].T + kept[f"{head}.bias"]
-                scores = [targets @ prediction for prediction in predictions]
+                scores = [scored(targets) @ scored(prediction) for prediction in predictions]
                 # as high as it only itself: a digit's empty corners are all alike, and none is told from the others
                 hits = [int((score >= score[image, row, col]).sum()) == 1 for image, score in enumerate(scores)]
                 found[row, col] = sum(hits) / n
     return found
 
 
-def test_accuracies_on_the_grid_are_those_of_one_prediction_at_a_time(compose, tmp_path):
+@pytest.mark.parametrize(("loss", "scored"), [
+    ([], lambda rows: rows), (["loss=nt_xent"], partial(F.normalize, dim=-1)),
+], ids=["dot product", "cosine"])  # fmt: skip
+def test_accuracies_on_the_grid_are_those_of_one_prediction_at_a_time(compose, tmp_path, loss, scored):
     """Of a run of some steps more: where nothing is found there is nothing to compare."""
     options = ["batch_size=16", "encoder.width=8", "steps=60", "threads=1", "probe_every=0", "optimizer.lr=3e-3"]
-    run = pretrain(compose(*CPC[1:], *options, f"run_dir={tmp_path / 'run'}"))
+    run = pretrain(compose(*CPC[1:], *options, *loss, f"run_dir={tmp_path / 'run'}"))
     images = some(mnist5k(size=28).test, 6)
     found = positions(run, images, [2, 3])
     told = [value for grid in found.values() for line in grid for value in line if value > 0]
@@ -275,7 +281,7 @@ def test_accuracies_on_the_grid_are_those_of_one_prediction_at_a_time(compose, t
     assert len({*told}) > 1
     assert list(found) == list(AHEAD)
     for direction, grid in found.items():
-        by_offset = [found_slowly(run, images, direction, offset) for offset in (2, 3)]
+        by_offset = [found_slowly(run, images, direction, offset, scored) for offset in (2, 3)]
         for row, line in enumerate(grid):
             for col, value in enumerate(line):
                 shares = [shares[row, col] for shares in by_offset if (row, col) in shares]
