@@ -304,7 +304,10 @@ def test_shards_of_other_launchers_are_one_curve(runs, tmp_path, run_tool, launc
     done = run_tool("tools/sweep_labels.py", *asked, "out=together", *shards, env={"RAY_worker_niceness": "0"})
     assert done.returncode == 0, done.stderr
     alone, together = (
-        [{**row, "seconds": ""} for row in csv.DictReader((tmp_path / out / "label_efficiency.csv").open())]
+        [
+            {**row, "seconds": ""}
+            for row in csv.DictReader((tmp_path / out / "label_efficiency.csv").read_text().splitlines())
+        ]
         for out in ("alone", "together")
     )
     assert together == alone
