@@ -53,6 +53,16 @@ from cpc.run_folder import MAY_CHANGE, check_no_file, differing_keys
 
 LEARNED_FROM_LABELS = ("Classifier", "Distill")
 
+IN_A_SETTING = {
+    "linear": ("cells",),
+    "knn": ("neighbours", "cells"),
+    "classifier": ("lr", "weight_decay"),
+    "finetune": ("lr", "weight_decay", "encoder_lr"),
+    "head": ("lr",),
+    "scratch": ("lr", "weight_decay"),
+}
+"""What each of a protocol's settings says; "scratch" is every network's from random weights."""
+
 REPORT_EVERY = 120
 """Seconds between two drawings of the curve while it grows: thousands of resamples each."""
 
@@ -136,14 +146,23 @@ def check_asked(cfg: DictConfig) -> None:
             raise ValueError(f"steps.{name}={dict(length)}: pass 1 <= least <= most, and passes of at least 0")
     if cfg.scratch_times < 1:
         raise ValueError(f"scratch_times={cfg.scratch_times}: pass at least 1, as many steps as both phases together")
+    for name in sorted({*cfg.protocols, *cfg.random, "scratch"}):
+        _check_settings(name, cfg.settings.get(name))
     most = max((len(cfg.settings[name]) for name in cfg.protocols if name in cfg.steps), default=1)
     if set(cfg.scratch) & set(NETWORKS) and 0 < len(cfg.settings.scratch) < most:
         raise ValueError(
             f"settings.scratch has {len(cfg.settings.scratch)} settings, what is pre-trained up to {most}: pass as many"
         )
-    for name in {*cfg.protocols, *cfg.random, "scratch"}:
-        if not cfg.settings.get(name):
-            raise ValueError(f"settings.{name} has none: pass [{{...}}], one setting or more")
+
+
+def _check_settings(name: str, settings: Any) -> None:
+    keys = IN_A_SETTING[name]
+    shown = f"'settings.{name}=[{{{','.join(f'{key}:NUMBER' for key in keys)}}}]'"
+    if not settings:
+        raise ValueError(f"settings.{name} has none: pass {shown}, one setting or more")
+    for setting in settings:
+        if not (OmegaConf.is_dict(setting) and setting.keys() == set(keys)):  # a shell may have eaten braces and commas
+            raise ValueError(f"settings.{name} has {setting!r}: pass {shown} in quotes, one setting or more")
 
 
 def amounts_of(cfg: DictConfig) -> list[LabelAmount]:

@@ -445,6 +445,15 @@ def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
         (["labels=[20]", "precision=fp16"], "precision=fp16: pass precision=bf16"),
         (["labels=[20]", "steps.finetune.least=0"], "steps.finetune=.*: pass 1 <= least <= most"),
         (["labels=[20]", "settings.linear=[]"], "settings.linear has none"),
+        (
+            ["labels=[20]", "settings.scratch=[lr:2e-3]"],
+            r"settings.scratch has 'lr:2e-3': pass 'settings.scratch=\[{lr:NU",
+        ),
+        (
+            ["labels=[20]", "settings.knn=[{cells:2}]"],
+            r"settings.knn has {'cells': 2}: pass 'settings.knn=\[{neighbours:",
+        ),
+        (["labels=[20]", "settings.linear=null"], "settings.linear has none: pass"),
         (["labels=[20]", "scratch_times=0.5"], "scratch_times=0.5: pass at least 1"),
         (["labels=[20]", "settings.scratch=[{lr:1e-3,weight_decay:0.0}]"], "settings.scratch has 1 settings"),
         (["labels=[20]", "labels_per_class=[2]"], "labels_per_class=2 and labels=20 are 20 labels both"),
