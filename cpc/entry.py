@@ -99,6 +99,7 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
                 print(f"{versions()}\n\n{OmegaConf.to_yaml(cfg)}", flush=True)
             with speaking(level):
                 result = job(cfg)
+            _part()
             if level == "quiet" and is_main_process() and result is not None:
                 print(result)
         except (*USER_ERRORS, HydraException) as error:
@@ -141,6 +142,12 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
     """
     overrides = [each for each in arguments if not each.startswith("-") and ("=" in each or each.startswith("~"))]
     return overrides + [each for each in arguments if each not in overrides]
+
+
+def _part() -> None:
+    """End the group of processes: left to the interpreter's end, its threads now and then take the process down."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def own_folders(arguments: Sequence[str]) -> list[Path]:
