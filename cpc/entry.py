@@ -99,7 +99,7 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
                 print(f"{versions()}\n\n{OmegaConf.to_yaml(cfg)}", flush=True)
             with speaking(level):
                 result = job(cfg)
-            _part()
+            _leave_group()
             if level == "quiet" and is_main_process() and result is not None:
                 print(result)
         except (*USER_ERRORS, HydraException) as error:
@@ -144,8 +144,8 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
     return overrides + [each for each in arguments if each not in overrides]
 
 
-def _part() -> None:
-    """End the group of processes: left to the interpreter's end, its threads now and then take the process down."""
+def _leave_group() -> None:
+    """End the group of processes, whose threads torch would have us stop before the interpreter ends."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -22,7 +22,7 @@ from contrastive_core import training
 from contrastive_core.checkpoint import damage, latest_checkpoint
 from contrastive_core.run_log import RunLog, read_metrics
 from cpc import interruption
-from cpc.entry import way_out
+from cpc.entry import _leave_group, way_out
 from cpc.interruption import Stopped, StopRequest
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
@@ -273,6 +273,13 @@ def test_a_process_that_stands_still_ends_all_within_its_time(tmp_path):
     told = errors.read_text()
     print(told)  # whole, where pytest cuts the line below short
     assert "error: another process failed or did not answer: its own output says why; res" in told
+
+
+def test_a_command_leaves_its_group_where_it_has_one(tmp_path):
+    _leave_group()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    _leave_group()
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("error", [
