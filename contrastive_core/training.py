@@ -1,6 +1,6 @@
 """The one loop, for every method: what they all share, and nothing else.
 
-Logging, probing and saving are ordinary code in the body of the caller's `for`.
+Averaging of weights, logging, probing and saving are ordinary code in the body of the caller's `for`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from contrastive_core.data import LoadedBatch
 from contrastive_core.grad_cache import CachedStep, check_cacheable
 from contrastive_core.method import Batch, Method
-from contrastive_core.momentum import ema_update_, polyak_decay
 from contrastive_core.optim import set_learning_rate_
 from contrastive_core.profiling import part
 from contrastive_core.randomness import Randomness
@@ -151,8 +150,6 @@ def train_steps(
     steps: int,
     schedule: Callable[[float], float],
     clip: float | None = None,
-    averaged: nn.Module | None = None,
-    averaging_decay: float = 0.9999,
     grad_cache: bool = False,
 ) -> Iterator[StepResult]:
     """Take optimizer steps `start` .. `steps` - 1 and yield after each.
@@ -165,7 +162,6 @@ def train_steps(
             the steps done before; the steps in all.
         schedule: `schedule(progress)` -> factor on the base learning rate.
         clip: largest norm of the whole gradient; None leaves it alone.
-        averaged: a copy of the bare method that follows it as a Polyak average.
         grad_cache: contrast all micro-batches of a step with one another instead of each with itself: the gradient
             of the whole batch, for a second forward pass (`contrastive_core.grad_cache`).
 
@@ -195,7 +191,7 @@ def train_steps(
         # fp16's scaler skips a step by itself whose gradient is not finite
         check_finite(totals["loss"], norm if accelerator.scaler is None else None, step)
 
-        # the step itself, then whatever the method and the averaged copy do once a step
+        # the step itself, then whatever the method does once a step
         totals["gradient_norm"] = norm
         with part("optimizer step"):
             optimizer.step()
@@ -207,8 +203,6 @@ def train_steps(
         optimizer.zero_grad()
         with part("after step"):
             bare.after_step((step + 1) / steps)
-            if averaged is not None:
-                ema_update_(averaged, bare, polyak_decay(step, averaging_decay))
 
         step += 1
         totals["lr"] = torch.tensor(lr, dtype=torch.float64)

@@ -32,6 +32,7 @@ from contrastive_core.optim import linear_scaling, square_root_scaling
 from cpc.command_help import help_text
 from cpc.configs import config_folder
 from cpc.fast_precision import fast_precision
+from cpc.interruption import Stopped
 from cpc.prediction import first_disjoint_offset
 from cpc.verbosity import is_main_process, speaking, take_verbosity, versions
 
@@ -102,6 +103,9 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
             _leave_group()
             if level == "quiet" and is_main_process() and result is not None:
                 print(result)
+        except Stopped:  # which all processes are at once; after an error the others may never answer
+            _leave_group()
+            raise
         except (*USER_ERRORS, HydraException) as error:
             if wants_traceback():
                 raise
@@ -145,7 +149,11 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _leave_group() -> None:
-    """End the group of processes, whose threads torch would have us stop before the interpreter ends."""
+    """End the group of processes, whose threads have to be done before the interpreter is.
+
+    One that still lets go of a tensor then is ended by Python in a place where C++ allows no such thing, and the whole
+    process is aborted: "terminate called without an active exception".
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

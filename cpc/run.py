@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import signal
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,12 +22,10 @@ from torch.optim import Optimizer
 
 from contrastive_core.batch_norm import globalize_batch_norm
 from contrastive_core.checkpoint import export_encoder, load_checkpoint_, save_checkpoint, take_part
-from contrastive_core.data import BadImages, ImageDataset, training_batches
-from contrastive_core.evaluate.features import extract_features
-from contrastive_core.evaluate.knn import knn_accuracy
+from contrastive_core.data import ImageDataset, training_batches
 from contrastive_core.grad_cache import check_cacheable
 from contrastive_core.method import Method
-from contrastive_core.metrics import collapsed
+from contrastive_core.momentum import ema_update_, polyak_decay
 from contrastive_core.optim import parameter_groups
 from contrastive_core.profiling import profiled
 from contrastive_core.run_log import RunLog, read_metrics
@@ -40,6 +36,7 @@ from cpc.entry import build, build_schedule, check_complete, run_name, start_acc
 from cpc.features import FrozenEncoder, parts_card, parts_of
 from cpc.interruption import Stopped, StopRequest
 from cpc.run_folder import check_folder, checkpoint_to_resume, choose_run_dir, claimed, saved_checkpoints
+from cpc.run_watch import OnlineProbe, RunWatch
 
 logger = logging.getLogger(__name__)
 
@@ -113,71 +110,6 @@ def recompute_(encoder: nn.Module) -> None:
     cast(Any, encoder).recompute = True
 
 
-def probe_sets(dataset: ImageDataset, count: int) -> tuple[ImageDataset, ImageDataset] | None:
-    """A bank and queries for the online probe, four to one, all of them training images; None where unlabelled.
-
-    Test images are never touched, so that watching the probe is not looking at the test set.
-    """
-    labelled = torch.nonzero(dataset.labels >= 0).flatten()
-    if len(labelled) < 20:
-        return None
-    chosen = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))[:count]]
-    split = len(chosen) // 5
-    return dataset.subset(chosen[split:]), dataset.subset(chosen[:split])
-
-
-def probe(
-    encoder: FrozenEncoder, sets: tuple[ImageDataset, ImageDataset], accelerator: Accelerator, bad_images: float
-) -> float:
-    """kNN accuracy of the mean latents, as the encoder stands; `bad_images` is the share that may be undecodable."""
-    options = {"batch_size": encoder.batch_size, "device": accelerator.device}
-    with accelerator.autocast():
-        bank, queries = (
-            extract_features(encoder, dataset, bad_images=BadImages(bad_images), **options) for dataset in sets
-        )
-    return float(knn_accuracy(*bank, *queries))
-
-
-class Throughput:
-    """Images a second since the last time it was asked, without what is done inside `paused`."""
-
-    def __init__(self) -> None:
-        self.images, self.since = 0, time.perf_counter()
-
-    def rate(self) -> float:
-        """The rate since the last call."""
-        now = time.perf_counter()
-        rate, self.images, self.since = self.images / max(now - self.since, 1e-9), 0, now
-        return rate
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop the clock, for a probe or a checkpoint."""
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
-
-
-class CollapseAlarm:
-    """Whether the projections have collapsed, as the last logged step saw it; `line` says so, "" = they have not."""
-
-    def __init__(self) -> None:
-        self.line = ""
-
-    def rings(self, row: dict[str, float]) -> bool:
-        """Look at a row of metrics; True where they have collapsed since the last row."""
-        before, self.line = self.line, collapsed(row.get("spread", math.nan), row.get("effective_rank", math.nan))
-        return bool(self.line) and not before
-
-
-def metrics_row(result: StepResult, accelerator: Accelerator, rate: float) -> dict[str, float]:
-    """A row of `metrics.jsonl`: means over the processes."""
-    names = sorted(result.metrics)
-    values = torch.stack([result.metrics[name].double().to(accelerator.device) for name in names])
-    means = accelerator.reduce(values, reduction="mean").tolist()
-    return {"step": result.step, **dict(zip(names, means, strict=True)), "images_per_second": float(f"{rate:.4g}")}
-
-
 def rounding(accelerator: Accelerator) -> dict[str, int]:
     """What decides the last bits of every sum, and is stored in checkpoints: sums are split over threads."""
     return {"threads": torch.get_num_threads(), "processes": accelerator.num_processes}
@@ -216,9 +148,9 @@ def made_optimizer(cfg: DictConfig, method: Method) -> Optimizer:
 class Trained(NamedTuple):
     """What a run trains, ready for its processes.
 
-    modules: what checkpoints hold, the method and its averaged copy. optimizer: the method's. prepared,
-    prepared_optimizer: as the loop wants them. shown: what is probed and exported, always whole. split: whether each
-    process has only a part.
+    modules: what checkpoints hold, the method and, with `averaging`, its averaged copy. optimizer: the method's.
+    prepared, prepared_optimizer: as the loop wants them. shown: what is probed and exported, always whole. split:
+    whether each process has only a part.
     """
 
     modules: dict[str, nn.Module]
@@ -227,6 +159,11 @@ class Trained(NamedTuple):
     prepared_optimizer: Optimizer
     shown: Method
     split: bool
+
+    def average_(self, step: int, decay: float) -> None:
+        """The averaged copy, where there is one, follows the method; once a step, after it."""
+        if "averaged" in self.modules:
+            ema_update_(self.modules["averaged"], self.modules["method"], polyak_decay(step - 1, decay))
 
     def show(self) -> None:
         """Bring parts together for who looks at `shown`. Every process has to call it."""
@@ -266,6 +203,66 @@ def worker_views(views: nn.Module) -> Any:
     return views if isinstance(views, WorkerViews) else None
 
 
+def fitted(cfg: DictConfig, method: Method, accelerator: Accelerator) -> Method:
+    """The method as the recipe wants it on these processes, before anything of it has been learned."""
+    if cfg.recompute:
+        recompute_(method.encoder)
+    method.to(memory_format=torch.channels_last)
+    if cfg.global_batch_norm and accelerator.num_processes > 1:
+        method = cast(Method, globalize_batch_norm(method))
+    if cfg.grad_cache:
+        check_cacheable(method)
+    return method
+
+
+def steps_of(
+    cfg: DictConfig,
+    pieces: Pieces,
+    trained: Trained,
+    schedule: Callable[[float], float],
+    accelerator: Accelerator,
+    start: int,
+) -> Iterator[StepResult]:
+    """The recipe's steps from `start` on; none is taken before it is asked for."""
+    batches = training_batches(
+        pieces.dataset,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        start=start,
+        steps=cfg.steps,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        accumulate=cfg.accumulate,
+        workers=cfg.workers,
+        views=worker_views(pieces.views),
+    )
+    return train_steps(
+        trained.prepared,
+        trained.prepared_optimizer,
+        accelerator,
+        batches,
+        pieces.views,
+        seed=cfg.seed,
+        start=start,
+        steps=cfg.steps,
+        schedule=schedule,
+        clip=cfg.clip,
+        grad_cache=cfg.grad_cache,
+    )
+
+
+def online_probe(cfg: DictConfig, pieces: Pieces, shown: Method, accelerator: Accelerator) -> OnlineProbe:
+    """Of what is shown, among training images alone."""
+    encoder = FrozenEncoder(shown.encoder, **pieces.card["input"])
+    return OnlineProbe(encoder, pieces.dataset, accelerator, count=cfg.probe_images, bad_images=cfg.bad_images)
+
+
+def export(run_dir: Path, pieces: Pieces, shown: Method, collapsed: str) -> None:
+    """Write the encoder, its card and whatever of the method others may need; `collapsed` says so where it has."""
+    card = parts_card(shown, pieces.dataset.class_names) | pieces.card  # what the entry point knows better stands
+    export_encoder(run_dir, shown.encoder, card | ({"collapsed": collapsed} if collapsed else {}), parts_of(shown))
+
+
 def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     """Run one configuration to its end; returns the run's folder.
 
@@ -288,49 +285,13 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     checkpoint = checkpoint_to_resume(run_dir, accelerator)
 
     torch.manual_seed(cfg.seed)
-    method, views, dataset, card = pieces()
-    if cfg.recompute:
-        recompute_(method.encoder)
-    method.to(memory_format=torch.channels_last)
-    if cfg.global_batch_norm and accelerator.num_processes > 1:
-        method = cast(Method, globalize_batch_norm(method))
+    parts = pieces()
     schedule = build_schedule(cfg.schedule)
-    if cfg.grad_cache:
-        check_cacheable(method)
-    trained = made_ready(cfg, method, accelerator)
+    trained = made_ready(cfg, fitted(cfg, parts.method, accelerator), accelerator)
     start = resume_(checkpoint, trained.modules, trained.optimizer, accelerator)
-
-    batches = training_batches(
-        dataset,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        start=start,
-        steps=cfg.steps,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        accumulate=cfg.accumulate,
-        workers=cfg.workers,
-        views=worker_views(views),
-    )
-    results = train_steps(
-        trained.prepared,
-        trained.prepared_optimizer,
-        accelerator,
-        batches,
-        views,
-        seed=cfg.seed,
-        start=start,
-        steps=cfg.steps,
-        schedule=schedule,
-        clip=cfg.clip,
-        averaged=trained.modules.get("averaged"),
-        averaging_decay=cfg.averaging or 0.0,
-        grad_cache=cfg.grad_cache,
-    )
+    results = steps_of(cfg, parts, trained, schedule, accelerator, start)
     main_process = accelerator.is_main_process
-    sets = probe_sets(dataset, cfg.probe_images) if cfg.probe_every and main_process else None
-    probed = FrozenEncoder(trained.shown.encoder, **card["input"])
-    bad_images, throughput, alarm = BadImages(cfg.bad_images), Throughput(), CollapseAlarm()
+    probe = online_probe(cfg, parts, trained.shown, accelerator) if cfg.probe_every and main_process else None
 
     # nothing has been written so far: a mistake leaves no folder behind
     with (
@@ -339,50 +300,35 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
         RunLog(run_dir, start=start, steps=cfg.steps, trackers=cfg.trackers, config=config)
         if main_process
         else nullcontext() as log,
-        profiled(run_dir if cfg.profile and main_process else None, cfg.steps - start) as watch,
+        profiled(run_dir if cfg.profile and main_process else None, cfg.steps - start) as profile_step,
     ):
-        for row in read_metrics(run_dir) if start and main_process else ():  # what the run before had seen
-            if "loss" in row:
-                alarm.rings({name: value for name, value in row.items() if value is not None})
+        watch = RunWatch(log, accelerator, every=cfg.log_every, images=cfg.batch_size, bad_images=cfg.bad_images)
+        if start and main_process:
+            watch.remember(read_metrics(run_dir))
         for result in results:
-            watch()
-            bad_images.count(result.faults, seen=cfg.batch_size // accelerator.num_processes)
-            throughput.images += cfg.batch_size
+            trained.average_(result.step, cfg.averaging)
+            profile_step()
             last = result.step == cfg.steps
             asked = 0 if last else request.asked(accelerator.device)
 
-            # every process takes part in the mean, and in what it takes to look and to save; the rest is the main one's
-            if last or result.step == 1 or result.step % cfg.log_every == 0:
-                row = metrics_row(result, accelerator, throughput.rate())
-                if log is not None:
-                    log.write(row)
-                    if alarm.rings(row) or (last and alarm.line):
-                        log.say(f"step {result.step}: {alarm.line}", warning=True)
-            if log is not None:
-                log.advance()
-            with throughput.paused():
+            # every process takes part in means, and in what it takes to look and to save; the main one writes and tells
+            watch.see(result, last=last)
+            with watch.paused():
                 if cfg.probe_every and (last or result.step % cfg.probe_every == 0):
                     trained.show()
-                    if log is not None and sets is not None:
-                        accuracy = probe(probed, sets, accelerator, cfg.bad_images)
-                        log.write({"step": result.step, "knn": accuracy})
-                        log.say(f"step {result.step}: kNN accuracy among training images {accuracy:.3f}")
+                    watch.probe(result.step, probe)
                 if last or asked or result.step % cfg.save_every == 0:
                     trained.save(run_dir / "checkpoints", result.step, accelerator, cfg.keep_checkpoints)
             if asked:
-                if log is not None:
-                    name = signal.Signals(asked).name
-                    reached = f"saved after step {result.step} of {cfg.steps}"
-                    log.say(f"{name}: {reached}, go on with resume=auto run_dir={run_dir}", warning=True)
+                reached = f"saved after step {result.step} of {cfg.steps}"
+                name = signal.Signals(asked).name
+                watch.say(f"{name}: {reached}, go on with resume=auto run_dir={run_dir}", warning=True)
                 accelerator.wait_for_everyone()  # a launcher ends all processes with the first
                 raise Stopped(asked)
 
         trained.show()
         if main_process:
-            shown = trained.shown
-            card = parts_card(shown, dataset.class_names) | card  # what the entry point knows better stands
-            card |= {"collapsed": alarm.line} if alarm.line else {}
-            export_encoder(run_dir, shown.encoder, card, parts_of(shown))
+            export(run_dir, parts, trained.shown, watch.collapsed)
     if main_process:
         print(f"encoder: {run_dir / 'encoder.safetensors'}\nread it with: cpc.load_encoder({str(run_dir)!r})")
     accelerator.wait_for_everyone()

@@ -165,9 +165,9 @@ def test_quietly_an_evaluation_prints_its_file_and_nothing_else(call_tool, tmp_p
 @pytest.mark.slow
 @pytest.mark.usefixtures("as_a_new_process")
 def test_quietly_a_warning_and_a_mistake_are_told(call_tool, tmp_path, capfd, monkeypatch):
-    import cpc.run
+    import cpc.run_watch
 
-    monkeypatch.setattr(cpc.run, "collapsed", lambda *numbers: "collapsed: as this test has it")
+    monkeypatch.setattr(cpc.run_watch, "collapsed", lambda *numbers: "collapsed: as this test has it")
     call_tool(cpc.pretrain.main, *SMALL, f"run_dir={tmp_path / 'quiet'}", "verbosity=quiet")
     printed = capfd.readouterr()
     assert printed.out == f"{tmp_path / 'quiet'}\n"

@@ -19,8 +19,8 @@ from contrastive_core.run_log import RunLog, read_metrics
 from cpc.features import load_encoder
 from cpc.prediction import PredictionHeads
 from cpc.pretrain import main, pretrain
-from cpc.run import probe_sets
 from cpc.run_folder import default_run_dir, differing_keys
+from cpc.run_watch import probe_sets
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
 
@@ -86,6 +86,16 @@ def test_what_a_run_leaves_behind(start, capsys):
     features = cpc.load_encoder(folder)(images)
     assert features.shape == (5, 16)
     assert load_encoder(folder, readout="grid")(images).shape == (5, 6, 6, 16)
+
+
+def test_the_average_follows_the_weights_step_by_step(start):
+    folder = start("steps=4", "averaging=0.3", "save_every=1", "keep_checkpoints=4") / "checkpoints"
+    averaged = load_file(folder / "step_00000001/averaged.safetensors")
+    for step, decay in ((2, 2 / 11), (3, 3 / 12), (4, 0.3)):  # (1 + t) / (10 + t) of the t steps before, 0.3 at most
+        method, after = (load_file(folder / f"step_{step:08}/{name}.safetensors") for name in ("method", "averaged"))
+        for name, value in averaged.items():
+            torch.testing.assert_close(after[name], decay * value + (1 - decay) * method[name], msg=f"{name}, {step}")
+        averaged = after
 
 
 def test_probing_and_logging_change_nothing(start):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import psutil
 import pytest
@@ -22,8 +22,9 @@ from contrastive_core import training
 from contrastive_core.checkpoint import damage, latest_checkpoint
 from contrastive_core.run_log import RunLog, read_metrics
 from cpc import interruption
-from cpc.entry import _leave_group, way_out
+from cpc.entry import command, way_out
 from cpc.interruption import Stopped, StopRequest
+from cpc.pretrain import PretrainSchema
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
 
@@ -275,11 +276,21 @@ def test_a_process_that_stands_still_ends_all_within_its_time(tmp_path):
     assert "error: another process failed or did not answer: its own output says why; res" in told
 
 
-def test_a_command_leaves_its_group_where_it_has_one(tmp_path):
-    _leave_group()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    _leave_group()
-    assert not torch.distributed.is_initialized()
+@pytest.mark.parametrize("stopped", [0, signal.SIGTERM])
+def test_a_command_leaves_its_group_where_it_has_one(call_tool, tmp_path, stopped):
+    """Else the end of its process may be an abort: of children forked to end so, half were, an exchange under way."""
+
+    def job(cfg):
+        if cfg.seed:
+            torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/1", rank=0, world_size=1)
+        if stopped:
+            raise Stopped(stopped)
+
+    main = command("pretrain_cpc", job, schema=PretrainSchema)
+    for seed in (1, 0):
+        with pytest.raises(SystemExit, match=str(128 + stopped)) if stopped else nullcontext():
+            call_tool(main, f"seed={seed}")
+        assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("error", [
