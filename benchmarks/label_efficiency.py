@@ -79,7 +79,8 @@ STUDIES = {
         sweep=["readout=context", "precision=bf16", "steps.finetune.most=2000", "scratch_times=10"],
         parts=[
             ["fractions=[0.01]", "scratch=[logistic,svm,cnn]", "protocols=[linear,classifier]", "random=[linear]"],
-            ["fractions=[0.02,0.05]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
+            ["fractions=[0.02]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
+            ["fractions=[0.05]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
             ["fractions=[0.01]", "scratch=[image]", "protocols=[finetune]", "random=[]"],
             ["fractions=[0.1]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
             ["fractions=[0.01]", "scratch=[patches]", "protocols=[]", "random=[]"],

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,20 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors (which refuses channels_last, hence the copy). Raises OSError where it cannot."""
+def save_tensors(tensors: dict[str, Tensor], path: Path, *, finite: Collection[str] = ()) -> None:
+    """Write tensors as safetensors (which refuses channels_last, hence the copy). Raises OSError where it cannot.
+
+    finite: names of those that have to be; FloatingPointError, before anything is written, where one is not.
+    """
     here = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    for name in finite:
+        if not here[name].isfinite().all():
+            raise FloatingPointError(f"{name} has become infinite or no number")
+    path.touch()
+    permissions = path.stat().st_mode  # as the user's files have them; those that safetensors writes nobody else reads
     try:
         save_file(here, path)
+        path.chmod(permissions)
     except SafetensorError as error:  # what the file system says, in safetensors' words
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -99,6 +108,8 @@ def save_checkpoint(
             others must `take_part`; what is written is whole.
         optimizer: its state is stored too; its hyper-parameters come from the configuration.
         extra: whatever else is JSON.
+
+    Raises FloatingPointError where a parameter is not finite: the checkpoints before stay.
     """
     target = folder / f"step_{step:08d}"
     partial = folder / f".{target.name}.partial"
@@ -108,12 +119,16 @@ def save_checkpoint(
     try:
         partial.mkdir()
         for name, module in modules.items():
-            save_tensors(module.state_dict(), partial / f"{name}.safetensors")
+            learned = [key for key, _ in module.named_parameters()]
+            save_tensors(module.state_dict(), partial / f"{name}.safetensors", finite=learned)
         save_tensors(optimizer_tensors(optimizer), partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **extra}, indent=1))
         (partial / MANIFEST).write_text(json.dumps(_contents(partial), indent=1))
         for file in (*partial.iterdir(), partial):
             _sync(file)
+    except FloatingPointError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise FloatingPointError(f"{error} by step {step}: lower optimizer.lr, or look at its other settings") from None
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
         raise
@@ -136,9 +151,14 @@ def _contents(checkpoint: Path) -> dict[str, dict[str, Any]]:
     return contents
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Those under `folder`, damaged ones too, in the order of their steps; copies by other names are none."""
+    return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal())
+
+
 def _superseded(folder: Path, latest: Path, keep: int) -> list[Path]:
     """All but the last `keep` up to the latest; those beyond it too, which were too damaged to go on from."""
-    found = sorted(folder.glob("step_*"))
+    found = checkpoints_in(folder)
     until = [checkpoint for checkpoint in found if checkpoint <= latest]
     return [checkpoint for checkpoint in found if checkpoint not in until[-keep:]]
 
@@ -160,31 +180,35 @@ def _delete(path: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, "" = nothing: every one is compared with its manifest."""
+    """What is wrong with a checkpoint's files, "" = nothing: all that its manifest lists are compared with it.
+
+    Raises OSError where they are there and cannot be read: that says nothing about what they hold.
+    """
     try:
         listed: Any = read_json(checkpoint / MANIFEST)
         found = _contents(checkpoint)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         return str(error)
     if not isinstance(listed, dict):
         return f"{MANIFEST} is no manifest"
-    differing = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
+    differing = sorted(name for name in listed if listed[name] != found.get(name))
     return f"{', '.join(differing)} not as written" if differing else ""
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the most steps under `folder` that is whole, or None where there is none at all.
 
-    Damaged ones are skipped with a warning. Raises ValueError where all are: a run that starts anew would hide it.
+    Damaged ones are skipped with a warning. Raises ValueError where all are: a run that starts anew would hide it;
+    OSError where one cannot be read.
     """
-    found = sorted(folder.glob("step_*"), reverse=True)
-    for checkpoint in found:
+    found = checkpoints_in(folder)
+    for checkpoint in reversed(found):
         wrong = damage(checkpoint)
         if not wrong:
             return checkpoint
         logger.warning("%s is damaged (%s): going on from the one before", checkpoint, wrong)
     if found:
-        raise ValueError(f"every checkpoint in {folder} is damaged: remove the folder to start anew")
+        raise ValueError(f"every checkpoint in {folder} is damaged: move the folder away to start anew")
     return None
 
 

@@ -22,7 +22,7 @@ class TorchvisionTrunk(nn.Module):
 
     Further arguments go to the model, e.g. `zero_init_residual=True`.
 
-    Raises ValueError for `small_stem` with a model of another build.
+    Raises ValueError for a name of no classifier, and for `small_stem` with a model of another build.
 
     Example: `TorchvisionTrunk("resnet18").dim == 512`.
     """
@@ -31,9 +31,12 @@ class TorchvisionTrunk(nn.Module):
 
     def __init__(self, name: str, node: str = "layer4", small_stem: bool = False, **arguments: Any) -> None:
         super().__init__()
-        from torchvision.models import get_model
+        import torchvision.models
+        from torchvision.models import get_model, list_models
         from torchvision.models.feature_extraction import create_feature_extractor
 
+        if name.lower() not in list_models(torchvision.models):  # a detector's builder fetches its trunk's weights
+            raise ValueError(f"{name!r} is none of torchvision's classifiers: pass resnet18, say")
         model = get_model(name, weights=None, **arguments)
         if small_stem:
             _shrink_stem_(model)

@@ -5,26 +5,42 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from contrastive_core.checkpoint import replacing
+from contrastive_core.reading import parse_json
 from contrastive_core.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, in order; an unfinished last line is left out."""
+    """The rows of a run's `metrics.jsonl`, in order; an unfinished last line is left out.
+
+    Raises FileNotFoundError where there is none, ValueError, which names the line, for one that is no row.
+    """
     file = Path(run_dir) / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"no metrics.jsonl in {run_dir}: pass the folder of a run")
-    lines = file.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [_row(line, f"line {place} of {file}") for place, line in _lines(file)]
+
+
+def _lines(file: Path) -> list[tuple[int, bytes]]:
+    """Whole lines with something in them, and their places from 1."""
+    return [(place, line) for place, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1) if line]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    row = parse_json(line, where)
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError(f"{where} is no row of metrics: it wants a step, an integer")
+    return cast(dict[str, Any], row)
 
 
 class RunLog:
@@ -48,7 +64,7 @@ class RunLog:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         file = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= start] if file.is_file() else []
+        kept = self._rows_until(file, start) if start and file.is_file() else []
         with replacing(file) as rewritten:
             rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = file.open("a")
@@ -57,6 +73,16 @@ class RunLog:
         self._bar = tqdm(total=steps, initial=start, **options)
         self._trackers = Trackers(run_dir, trackers, config or {}, start=start, warn=self._warn, quiet=self._quiet)
 
+    def _rows_until(self, file: Path, start: int) -> list[dict[str, Any]]:
+        """What the run had written up to a step; a crash of the machine may have left no rows behind it."""
+        kept = []
+        for place, line in _lines(file):
+            try:
+                kept.append(_row(line, f"line {place} of {file}"))
+            except ValueError as error:
+                logger.warning("%s: it is left out", error)
+        return [row for row in kept if row["step"] <= start]
+
     def __enter__(self) -> RunLog:
         return self
 
@@ -64,6 +90,10 @@ class RunLog:
         self._file.close()
         self._trackers.close()
         self._bar.close()
+
+    def sync(self) -> None:
+        """Bring the rows to the disk: before a checkpoint, which a resumed run believes to come after them."""
+        os.fsync(self._file.fileno())
 
     def advance(self) -> None:
         """One more optimizer step is done."""

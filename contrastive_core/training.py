@@ -56,7 +56,10 @@ def make_batch(loaded: LoadedBatch, views: nn.Module, randomness: Randomness, de
 def accumulated_gradients(
     method: nn.Module, makers: Sequence[Callable[[], Batch]], accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """Micro-batches add up their gradients; processes exchange them once, with the last. Returns mean metrics."""
+    """Micro-batches add up their gradients; processes exchange them once, with the last. Returns mean metrics.
+
+    Of weights that are split (`sharding`) they are exchanged with each, since nobody has room for the whole.
+    """
     totals: dict[str, Tensor] = {}
     for i, make in enumerate(makers):
         batch = make()

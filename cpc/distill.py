@@ -18,7 +18,7 @@ from torch import nn
 from contrastive_core.data import ImageDataset, LabelSplit, Splits, only_labelled
 from contrastive_core.methods.classifier import Classifier
 from contrastive_core.methods.distill import Distill
-from cpc.entry import build, check_complete, command
+from cpc.entry import build, command
 from cpc.features import classifier_card, read_card, read_classifier, read_encoder
 from cpc.finetune import (
     WHICH_LABELS,
@@ -31,7 +31,7 @@ from cpc.finetune import (
     write_tests,
 )
 from cpc.pretrain import PretrainSchema, encoder_card
-from cpc.run import Pieces, check_numbers, train_run
+from cpc.run import Pieces, check_recipe, train_run
 
 
 @dataclass(kw_only=True)
@@ -71,8 +71,7 @@ def settle_(cfg: DictConfig) -> None:
     elif cfg.encoder is None:
         cfg.encoder = architecture_node(teachers)
     take_over_(cfg, cfg.teacher)
-    check_complete(cfg)
-    check_numbers(cfg)
+    check_recipe(cfg)
     build_distillation(cfg)
 
 

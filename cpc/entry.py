@@ -103,6 +103,9 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
             _leave_group()
             if level == "quiet" and is_main_process() and result is not None:
                 print(result)
+        except KeyboardInterrupt:  # before a run has begun to listen, or twice
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
         except Stopped:  # which all processes are at once; after an error the others may never answer
             _leave_group()
             raise
@@ -212,6 +215,8 @@ def way_out(error: Exception) -> str:
     """What to do about an error that torch raises for want of memory or of another process; "" = it is none of them."""
     if out_of_memory(error):
         return "out of memory: pass a smaller batch_size, accumulate=N, recompute=true or precision=bf16"
+    if "DataLoader worker" in str(error):
+        return "a process that decodes images was ended from outside, as for want of memory: pass fewer workers"
     # gloo names its source file in what it says, but to those who wait for something else where one wait has timed out
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "pair closure" in str(error):
         return "another process failed or did not answer: its own output says why; resume=auto goes on"
@@ -227,7 +232,10 @@ def config_search() -> AbstractContextManager[Any]:
 
 def told(error: BaseException) -> int:
     """Print a mistake in one line on stderr; returns the exit code, 2."""
-    text = " ".join(str(error).split())
+    text = str(error)
+    if "in DataLoader worker process" in text:  # torch puts the worker's whole traceback before what it said
+        text = text.strip().rpartition("\n")[2].partition(": ")[2]
+    text = " ".join(text.split())
     if isinstance(error, HydraException):
         text = _in_one_line(text, error.__cause__)
     print(f"error: {text or type(error).__name__}", file=sys.stderr)

@@ -29,7 +29,16 @@ from cpc.patches import extract_patches, grid_side
 from cpc.views import normalise
 
 LARGEST_ARGUMENT = 100_000
-"""Of widths, depths and sizes that a file may ask of an encoder, which is built before it is held to its weights."""
+"""Of widths and sizes that a file may ask of a module, which is built before it is held to its weights."""
+
+LARGEST_DEPTH = 1000
+"""Of blocks and layers in all, and the longest list: building takes time even where it takes no memory."""
+
+LARGEST_CARD = 1 << 24
+"""Bytes of an encoder.json: it may name 100,000 classes."""
+
+_MISFITS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError, AssertionError)
+"""What constructors raise for arguments that they do not take, ours and other libraries'."""
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -148,13 +157,22 @@ def known_architecture(architecture: dict[str, Any]) -> tuple[str, dict[str, Any
             f"pass load_encoder(path, encoder=MODULE) with a module of that architecture"
         )
     arguments = {key: value for key, value in architecture["arguments"].items() if key not in _FIRST_WEIGHTS}
-    check_plain(arguments, "encoder.json")
+    _check_bounds(arguments)
     if ":" in str(arguments.get("name", "")):  # to timm "hf-hub:USER/NAME" and "local-dir:PATH" are places to read from
         raise ValueError(f"encoder.json names the trunk {arguments['name']!r}: pass one of its library's own names")
-    largest = max((abs(number) for number in _numbers(arguments.values())), default=0)
-    if largest > LARGEST_ARGUMENT:
-        raise ValueError(f"encoder.json says {largest:g} where no encoder has more than {LARGEST_ARGUMENT}")
     return name, arguments
+
+
+def _check_bounds(arguments: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of a card that are not plain, or such that nothing real is built of them."""
+    check_plain(arguments, "encoder.json")
+    for name, value in arguments.items():
+        numbers = [abs(number) for number in _flat([value]) if isinstance(number, int | float)]
+        if max(numbers, default=0) > LARGEST_ARGUMENT:
+            raise ValueError(f"encoder.json says {max(numbers):.3g} where nothing has more than {LARGEST_ARGUMENT}")
+        deep = name in ("blocks", "layers", "depth", "depths") and sum(numbers) > LARGEST_DEPTH
+        if deep or len(numbers) > LARGEST_DEPTH:
+            raise ValueError(f"encoder.json's {name} is beyond {LARGEST_DEPTH}, which nothing has in all")
 
 
 def build_encoder(architecture: dict[str, Any]) -> nn.Module:
@@ -165,7 +183,7 @@ def build_encoder(architecture: dict[str, Any]) -> nn.Module:
     name, arguments = known_architecture(architecture)
     try:
         return constructors()[name](**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of a negative width
+    except _MISFITS as error:
         raise ValueError(f"{name} does not take what encoder.json gives it: {error}") from error
 
 
@@ -220,7 +238,10 @@ def untrained_encoder(
 
 
 def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The path of the weights and the parsed card, of a run's folder or of its `encoder.safetensors`."""
+    """The path of the weights and the parsed card, of a run's folder or of its `encoder.safetensors`.
+
+    Raises FileNotFoundError where one is missing, ValueError for a card that cannot be read or is none.
+    """
     weights = Path(path) / "encoder.safetensors" if Path(path).is_dir() else Path(path)
     card = weights.with_suffix(".json")
     for file in (weights, card):
@@ -228,12 +249,12 @@ def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
             raise FileNotFoundError(
                 f"no {file.name} in {file.parent}: pass the folder of a finished run, or its encoder.safetensors"
             )
+    parsed: dict[str, Any] = read_json(card, largest=LARGEST_CARD)
     try:
-        parsed: dict[str, Any] = read_json(card)
         described = isinstance(parsed["architecture"]["name"], str)
         described &= isinstance(parsed["architecture"]["arguments"], dict)
         described &= _is_input(**parsed["input"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError, OverflowError):
         described = False
     if not described:
         raise ValueError(
@@ -262,10 +283,6 @@ def _is_input(
     )
 
 
-def _numbers(values: Iterable[Any]) -> Iterator[int | float]:
-    return (item for item in _flat(values) if isinstance(item, int | float))
-
-
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         yield from _flat(value) if isinstance(value, list) else [value]
@@ -286,10 +303,18 @@ def _check_there(weights: Path) -> None:
         raise FileNotFoundError(f"no {weights.name} in {weights.parent}, though its card tells of one: copy it too")
 
 
-def _built_to_fit(build: Callable[[], Built], weights: Path, kind: str) -> Built:
-    """What `build` builds, once it is seen without memory that the file's tensors are its: a card may say anything."""
+def _built_to_fit(
+    build: Callable[[], Built],
+    weights: Path,
+    kind: str,
+    stored: Callable[[Built], nn.Module] = lambda built: built,
+) -> Built:
+    """What `build` builds, once it is seen without memory that the file's tensors are its: a card may say anything.
+
+    stored: the part of it that is in the file.
+    """
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in stored(build()).state_dict().items()}
     _check_there(weights)
     try:
         with safe_open(weights, "pt") as file:
@@ -375,9 +400,13 @@ def build_contexts(card: dict[str, Any]) -> Contexts:
     if not described:
         raise ValueError(f'this run has no context networks ({card.get("method")}): pass readout="grid"')
     try:
+        if len(described["networks"]) > LARGEST_DEPTH:
+            raise ValueError(f"{len(described['networks'])} networks")
+        for arguments in described["networks"].values():
+            _check_bounds(arguments)
         networks = {name: ContextNetwork(**arguments) for name, arguments in described["networks"].items()}
         return Contexts(nn.ModuleDict(networks), {d: str(described["context_of"][d]) for d in described["context_of"]})
-    except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
+    except _MISFITS as error:
         raise ValueError(f"encoder.json describes context networks that cannot be built: {error!r}") from error
 
 
@@ -405,10 +434,22 @@ def read_classifier(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
             f"the run in {weights.parent} has no classifier ({card.get('method')}): pass a fine-tuned one's folder"
         )
     encoder, card = read_encoder(path)
-    kept = _build_head(described["head"]).upto(described["head_layer"]) if described["head"] else None
-    classifier = Classifier(encoder, classes=len(described["class_names"]), head=kept)
-    _load_weights_(parts_of(classifier)["classifier"], weights.with_name("classifier.safetensors"), "classifier")
+    weights = weights.with_name("classifier.safetensors")
+
+    def stored(classifier: nn.Module) -> nn.Module:
+        return parts_of(classifier)["classifier"]
+
+    classifier = _built_to_fit(lambda: _build_classifier(encoder, described), weights, "classifier", stored)
+    _load_weights_(stored(classifier), weights, "classifier")
     return classifier, card
+
+
+def _build_classifier(encoder: nn.Module, described: dict[str, Any]) -> Classifier:
+    try:
+        kept = _build_head(described["head"]).upto(described["head_layer"]) if described["head"] else None
+        return Classifier(encoder, classes=len(described["class_names"]), head=kept)
+    except _MISFITS as error:
+        raise ValueError(f"encoder.json describes a classifier that cannot be built: {error!r}") from error
 
 
 def load_classifier(path: str | Path) -> FrozenClassifier:
@@ -447,6 +488,7 @@ class FrozenClassifier(nn.Module):
 
 def _build_head(arguments: dict[str, Any]) -> ProjectionHead:
     try:
+        _check_bounds(arguments)
         return ProjectionHead(**arguments)
-    except TypeError as error:
+    except _MISFITS as error:
         raise ValueError(f"the card's head is no ProjectionHead's: {error}") from None

@@ -31,7 +31,7 @@ from contrastive_core.data import (
 )
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.methods.classifier import Classifier
-from cpc.entry import build, check_complete, command, start_accelerator
+from cpc.entry import build, command, start_accelerator
 from cpc.features import (
     FrozenClassifier,
     classifier_card,
@@ -43,7 +43,7 @@ from cpc.features import (
 )
 from cpc.foreign import check_plain, run_config, run_data
 from cpc.pretrain import PretrainSchema, encoder_card
-from cpc.run import Pieces, check_numbers, train_run
+from cpc.run import Pieces, check_recipe, train_run
 
 LARGEST_CONFUSION = 100
 """Classes up to which the confusion matrix is written down."""
@@ -242,8 +242,7 @@ def settle_(cfg: DictConfig) -> None:
             raise ValueError("the encoder is that of run=DIR: leave encoder=NAME out, or pass run=null")
         cfg.encoder = architecture_node(read_card(cfg.run)[1])
         take_over_(cfg, cfg.run)
-    check_complete(cfg)
-    check_numbers(cfg)
+    check_recipe(cfg)
     build_classifier(cfg, 2)  # a head without such a layer, or another's weights
 
 

@@ -65,6 +65,7 @@ class Need:
     kept: float
     gathered: int
     at_once: int
+    turns: int
 
     def bytes_of(self, images: int, devices: int = 1) -> float:
         """Memory of a device with so many images."""
@@ -73,7 +74,7 @@ class Need:
 
     def wire(self, images: int, devices: int) -> float:
         """Bytes that a device sends in a step, of so many images of its own."""
-        times = 3 if self.at_once else 2
+        times = 3 * self.turns if self.at_once else 2  # split weights come and gradients go with each micro-batch
         return (devices - 1) * (times * 4 * self.parameters / devices + 2 * self.gathered * images)
 
 
@@ -150,12 +151,13 @@ def need(cfg: DictConfig) -> Need:
         fixed = weights * (1 if cfg.averaging is None else 2) + 4 * learning + optimizer_bytes(cfg, method)
     kept = three[1] - two[1]
     return Need(
-        operations=(4 if cfg.recompute else 3) * (three[0] - two[0]),
+        operations=(3 + cfg.recompute + cfg.grad_cache) * (three[0] - two[0]),  # of which a backward pass has two
         parameters=learning,
         fixed=fixed + two[1] - 2 * kept,  # the rest are weights in the precision of the products
         kept=kept,
         gathered=three[2] - two[2],
         at_once=whole_at_once(method) if cfg.shard else 0,
+        turns=cfg.accumulate,
     )
 
 

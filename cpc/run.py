@@ -16,13 +16,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
 from contrastive_core.batch_norm import globalize_batch_norm
 from contrastive_core.checkpoint import export_encoder, load_checkpoint_, save_checkpoint, take_part
-from contrastive_core.data import ImageDataset, training_batches
+from contrastive_core.data import ImageDataset, check_shares, dataset_digest, training_batches
 from contrastive_core.grad_cache import check_cacheable
 from contrastive_core.method import Method
 from contrastive_core.momentum import ema_update_, polyak_decay
@@ -80,6 +81,8 @@ def check_numbers(cfg: DictConfig) -> None:
             raise ValueError(f"{name}={cfg[name]}: pass at least {least}")
     if len(cfg.mean) != 3 or len(cfg.std) != 3 or min(cfg.std) <= 0:
         raise ValueError(f"mean={list(cfg.mean)} std={list(cfg.std)}: pass three numbers each, std above 0")
+    if not -(2**63) <= cfg.seed < 2**63:
+        raise ValueError(f"seed={cfg.seed}: pass a number of 64 bits, below 2**63")
     if cfg.clip is not None and not cfg.clip > 0:
         raise ValueError(f"clip={cfg.clip}: pass the largest gradient norm, above 0, or null")
     if cfg.averaging is not None and not 0 <= cfg.averaging < 1:
@@ -100,6 +103,19 @@ def check_numbers(cfg: DictConfig) -> None:
     check_trackers(cfg.trackers)
 
 
+def check_recipe(cfg: DictConfig) -> None:
+    """Raise for what is wrong with a run's keys, its optimizer, its schedule or its folder; no data is read for it.
+
+    ValueError, FileExistsError for a folder that holds a run, ImportError where a tracker's package is missing.
+    """
+    check_complete(cfg)
+    check_numbers(cfg)
+    if cfg.run_dir is not None and cfg.resume is None:
+        check_folder(Path(cfg.run_dir), {}, resume=False)
+    build(cfg.optimizer, [nn.Parameter(torch.zeros(1, 1))], _partial_=False)
+    build_schedule(cfg.schedule)
+
+
 def recompute_(encoder: nn.Module) -> None:
     """Have an encoder's blocks computed again for the backward pass. Raises ValueError for one that cannot."""
     if not hasattr(encoder, "recompute"):
@@ -115,18 +131,43 @@ def rounding(accelerator: Accelerator) -> dict[str, int]:
     return {"threads": torch.get_num_threads(), "processes": accelerator.num_processes}
 
 
-def run_state(accelerator: Accelerator) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors and the step: nothing else has a memory."""
-    return rounding(accelerator) | ({} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()})
+def images_of(dataset: ImageDataset, accelerator: Accelerator) -> dict[str, Any]:
+    """What a checkpoint says of the images: how many, and a digest of their names and labels.
+
+    Raises ValueError on all processes where one of them sees others: they would share out different batches.
+    """
+    own = {"images": len(dataset), "images_digest": dataset_digest(dataset)}
+    everyones = gather_object([own]) if accelerator.num_processes > 1 else [own]
+    for process, other in enumerate(everyones):
+        if other != everyones[0]:
+            counts = f"{everyones[0]['images']:,} on process 0, {other['images']:,} on process {process}"
+            raise ValueError(f"the processes do not see the same images ({counts}): give all of them the same data")
+    return own
+
+
+def run_state(accelerator: Accelerator, images: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors and the step, `images_of` the data included: nothing else has a memory."""
+    scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
+    return rounding(accelerator) | images | scaler
 
 
 def resume_(
-    checkpoint: Path | None, modules: dict[str, nn.Module], optimizer: Optimizer, accelerator: Accelerator
+    checkpoint: Path | None,
+    modules: dict[str, nn.Module],
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+    images: dict[str, Any],
 ) -> int:
-    """Restore modules and optimizer in place; returns the optimizer steps they have done, 0 without a checkpoint."""
+    """Restore modules and optimizer in place; returns the optimizer steps they have done, 0 without a checkpoint.
+
+    Raises ValueError where the images are not those that the run has seen so far.
+    """
     if checkpoint is None:
         return 0
     state = load_checkpoint_(checkpoint, modules, optimizer)
+    if images != {name: state.get(name, value) for name, value in images.items()}:
+        counts = f"{state['images']:,} at step {state['step']}, {images['images']:,} now"
+        raise ValueError(f"the run's images have changed ({counts}, by name and label): bring them back, or start anew")
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     before, now = {name: state.get(name) for name in rounding(accelerator)}, rounding(accelerator)
@@ -170,10 +211,10 @@ class Trained(NamedTuple):
         if self.split:
             copy_whole_(self.shown, list(self.modules.values())[-1])
 
-    def save(self, folder: Path, step: int, accelerator: Accelerator, keep: int) -> None:
-        """The main process writes a checkpoint. Every process has to call it."""
+    def save(self, folder: Path, step: int, state: dict[str, Any], accelerator: Accelerator, keep: int) -> None:
+        """The main process writes a checkpoint, with `run_state`. Every process has to call it."""
         if accelerator.is_main_process:
-            save_checkpoint(folder, step, self.modules, self.optimizer, run_state(accelerator), keep)
+            save_checkpoint(folder, step, self.modules, self.optimizer, state, keep)
         elif self.split:
             take_part(self.modules, self.optimizer)
 
@@ -216,12 +257,7 @@ def fitted(cfg: DictConfig, method: Method, accelerator: Accelerator) -> Method:
 
 
 def steps_of(
-    cfg: DictConfig,
-    pieces: Pieces,
-    trained: Trained,
-    schedule: Callable[[float], float],
-    accelerator: Accelerator,
-    start: int,
+    cfg: DictConfig, pieces: Pieces, trained: Trained, accelerator: Accelerator, start: int
 ) -> Iterator[StepResult]:
     """The recipe's steps from `start` on; none is taken before it is asked for."""
     batches = training_batches(
@@ -245,7 +281,7 @@ def steps_of(
         seed=cfg.seed,
         start=start,
         steps=cfg.steps,
-        schedule=schedule,
+        schedule=build_schedule(cfg.schedule),
         clip=cfg.clip,
         grad_cache=cfg.grad_cache,
     )
@@ -268,8 +304,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
 
     `pieces()` is called once the folder is known to be free, with the seed set, and may take its time.
     """
-    check_complete(cfg)
-    check_numbers(cfg)
+    check_recipe(cfg)
     accelerator = start_accelerator(
         precision=cfg.precision,
         device=cfg.device,
@@ -284,12 +319,13 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     saved = saved_checkpoints(run_dir)
     checkpoint = checkpoint_to_resume(run_dir, accelerator)
 
+    check_shares(cfg.batch_size, accelerator.num_processes, cfg.accumulate)
     torch.manual_seed(cfg.seed)
     parts = pieces()
-    schedule = build_schedule(cfg.schedule)
     trained = made_ready(cfg, fitted(cfg, parts.method, accelerator), accelerator)
-    start = resume_(checkpoint, trained.modules, trained.optimizer, accelerator)
-    results = steps_of(cfg, parts, trained, schedule, accelerator, start)
+    images = images_of(parts.dataset, accelerator)
+    start = resume_(checkpoint, trained.modules, trained.optimizer, accelerator, images)
+    results = steps_of(cfg, parts, trained, accelerator, start)
     main_process = accelerator.is_main_process
     probe = online_probe(cfg, parts, trained.shown, accelerator) if cfg.probe_every and main_process else None
 
@@ -303,7 +339,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
         profiled(run_dir if cfg.profile and main_process else None, cfg.steps - start) as profile_step,
     ):
         watch = RunWatch(log, accelerator, every=cfg.log_every, images=cfg.batch_size, bad_images=cfg.bad_images)
-        if start and main_process:
+        if start and main_process:  # of which the log has kept what can be read
             watch.remember(read_metrics(run_dir))
         for result in results:
             trained.average_(result.step, cfg.averaging)
@@ -318,7 +354,9 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
                     trained.show()
                     watch.probe(result.step, probe)
                 if last or asked or result.step % cfg.save_every == 0:
-                    trained.save(run_dir / "checkpoints", result.step, accelerator, cfg.keep_checkpoints)
+                    watch.sync()
+                    state = run_state(accelerator, images)
+                    trained.save(run_dir / "checkpoints", result.step, state, accelerator, cfg.keep_checkpoints)
             if asked:
                 reached = f"saved after step {result.step} of {cfg.steps}"
                 name = signal.Signals(asked).name

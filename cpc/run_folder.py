@@ -15,12 +15,16 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from contrastive_core.checkpoint import latest_checkpoint, replacing
+from contrastive_core.checkpoint import checkpoints_in, latest_checkpoint, replacing
 from contrastive_core.reading import read_yaml
 
 MAY_CHANGE = ("recompute", "shard", "save_every", "keep_checkpoints", "log_every", "trackers", "probe_every",
               "probe_images", "workers", "device", "threads", "timeout", "profile", "run_dir", "resume")  # fmt: skip
 """Keys that may differ when a run is resumed: they change what is written or how fast, not what is learned."""
+
+
+OF_A_RUN = ("checkpoints", "metrics.jsonl", "encoder.safetensors", "encoder.json")
+"""What a run writes after its config.yaml and would replace."""
 
 
 def default_run_dir(name: str) -> str:
@@ -59,12 +63,17 @@ def check_no_file(folder: Path, key: str) -> None:
 def check_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None:
     """See that a run with this configuration may be at work in `run_dir`. Writes nothing.
 
-    Raises FileExistsError for a folder that holds a run unless `resume`, NotADirectoryError where a file is in its way,
-    ValueError when `config` differs from the run's in a key that may not change.
+    Raises FileExistsError for a folder that holds a run unless `resume`, or what is left of one; NotADirectoryError
+    where a file is in its way, ValueError when `config` differs from the run's in a key that may not change.
     """
     check_no_file(run_dir, "run_dir")
     written = run_dir / "config.yaml"
     if not written.is_file():
+        left = [name for name in OF_A_RUN if (run_dir / name).exists()]
+        if left:  # a run that began here would take their place
+            raise FileExistsError(
+                f"{run_dir} holds {', '.join(left)} but no config.yaml: bring the run's own back, or use a new run_dir"
+            )
         return
     if not resume:
         raise FileExistsError(f"{run_dir} holds a run: pass resume=auto to go on with it, or another run_dir")
@@ -80,7 +89,7 @@ def check_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None
 
 def saved_checkpoints(run_dir: Path) -> list[str]:
     """The names of the checkpoints in a run's folder, damaged ones too, in the order of their steps."""
-    return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+    return [path.name for path in checkpoints_in(run_dir / "checkpoints")]
 
 
 def checkpoint_to_resume(run_dir: Path, accelerator: Accelerator) -> Path | None:
@@ -136,7 +145,7 @@ def claimed(
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:  # the kernel drops the lock with the process, however it ends
+    with (run_dir / ".lock").open("a") as lock:  # the kernel drops the lock with the process, however it ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

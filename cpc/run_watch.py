@@ -145,6 +145,11 @@ class RunWatch:
             self._log.write({"step": step, "knn": accuracy})
             self.say(f"step {step}: kNN accuracy among training images {accuracy:.3f}")
 
+    def sync(self) -> None:
+        """Bring what was written down so far to the disk."""
+        if self._log is not None:
+            self._log.sync()
+
     def paused(self) -> AbstractContextManager[None]:
         """What is done inside does not count as a step's time."""
         return self._throughput.paused()

@@ -148,7 +148,7 @@ def table_of(folder: Path) -> tuple[list[RunRow], list[str]]:
         try:
             if not holds_runs(read_yaml(run / "config.yaml")):
                 rows.append(read_run(run, folder, savings))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             unread.append(f"{run.relative_to(folder)} cannot be read: {' '.join(str(error).split())}")
     return rows, unread
 

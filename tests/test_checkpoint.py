@@ -135,7 +135,6 @@ DAMAGES = {
     "a bit has turned": (lambda at: flipped(at / "optimizer.safetensors"), "optimizer.safetensors not as written"),
     "other words": (lambda at: (at / "state.json").write_text('{"step": 3}'), "state.json not as written"),
     "a file is missing": (lambda at: (at / "state.json").unlink(), "state.json not as written"),
-    "a file too many": (lambda at: (at / "more").write_text(""), "more not as written"),
     "no manifest": (lambda at: (at / "manifest.json").unlink(), "No such file"),
     "an empty manifest": (
         lambda at: (at / "manifest.json").write_text(""),
@@ -163,8 +162,51 @@ def test_a_damaged_one_is_skipped_with_a_warning_for_the_one_before(tmp_path, ca
     assert record.getMessage().endswith("going on from the one before")
 
     harm(first)
-    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged: remove the folder to start anew"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged: move the folder away to start anew"):
         latest_checkpoint(tmp_path)
+
+
+def test_what_others_leave_there_is_no_damage_and_no_checkpoint(tmp_path):
+    net = network()
+    written = [save_checkpoint(tmp_path, step, {"net": net}, adam(net), {}) for step in (1, 2)]
+    for folder in (tmp_path, *written):
+        (folder / ".DS_Store").write_text("")
+    shutil.copytree(written[1], tmp_path / "step_00000002_best")
+    assert latest_checkpoint(tmp_path) == written[1]
+    save_checkpoint(tmp_path, 3, {"net": net}, adam(net), {})
+    assert {path.name for path in tmp_path.glob("step*")} == {"step_00000002", "step_00000002_best", "step_00000003"}
+
+
+def test_one_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """What a passing error of a network's disk says too: to go on from the one before would remove this one."""
+    net = network()
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"net": net}, adam(net), {})
+
+    def refused(checkpoint):
+        raise PermissionError(errno.EACCES, "Permission denied", str(checkpoint))
+
+    monkeypatch.setattr(checkpoint, "_contents", refused)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*step_00000002"):
+        latest_checkpoint(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    net = network()
+    written = save_checkpoint(tmp_path, 1, {"net": net}, adam(net), {})
+    name, parameter = list(net.named_parameters())[-1]
+    with torch.no_grad():
+        parameter.view(-1)[-1] = float("nan")
+    with pytest.raises(FloatingPointError, match=rf"{name} has become infinite or no number by step 2: lower optim"):
+        save_checkpoint(tmp_path, 2, {"net": net}, adam(net), {}, keep=1)
+    assert list(tmp_path.iterdir()) == [written]
+
+
+def test_files_have_the_permissions_of_the_users_others(tmp_path):
+    (tmp_path / "own").write_text("")
+    net = network()
+    files = [*save_checkpoint(tmp_path, 1, {"net": net}, adam(net), {}).iterdir(), export_encoder(tmp_path, net, {})]
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "own").stat().st_mode}
 
 
 def test_what_lies_beyond_a_new_one_goes_and_does_not_count_as_kept(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -541,6 +542,9 @@ def test_parquet_that_will_not_do(tmp_path: Path) -> None:
         parquet(write(tmp_path / "c.parquet", image=[png()], label=["cat"]), size=8)
     with pytest.raises(ValueError, match="no rows"):
         parquet(write(tmp_path / "d.parquet", image=pa.array([], pa.binary())), size=8)
+    ids = write(tmp_path / "ids.parquet", image=[png(), png()], label=[1_700_000_000, 3])
+    with pytest.raises(ValueError, match="column `label`: the highest label of 2 images is 1,700,000,000: number the"):
+        parquet(ids, size=8)
     (tmp_path / "e.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match="not a parquet file"):
         parquet(tmp_path / "e.parquet", size=8)
@@ -571,6 +575,26 @@ def test_a_nested_folder_is_labelled_by_its_first_level(tree: Callable[..., Path
     labels = {Path(train.name(i)).name: int(train.labels[i]) for i in range(4)}
     assert labels == {"1.png": 1, "2.png": 0, "3.png": 1, "4.png": -1}
     assert [int(sample.image[0, 0, 0]) for sample in train] == [3, 1, 2, 0]
+
+
+def test_links_that_lead_back_are_not_followed_and_others_are(tree: Callable[..., Path]) -> None:
+    root = tree("cat/1.png", "dog/2.png", "dog/old/3.png", "cat/.cache/4.png", ".hidden/5.png")
+    for link, to in (("cat/up", ".."), ("cat/here", "."), ("dog/old/up", "../.."), ("more", "dog/old")):
+        (root / link).symlink_to(to)
+    train = imagefolder(root, size=8).train
+    assert train.class_names == ("cat", "dog", "more")
+    names = [str(Path(train.name(i)).relative_to(root)) for i in range(len(train))]
+    assert names == ["cat/1.png", "dog/2.png", "dog/old/3.png", "more/3.png"]
+
+
+def test_what_is_no_file_is_no_image_and_a_link_to_nothing_is_a_bad_one(tree: Callable[..., Path]) -> None:
+    root = tree("1.png", "2.png")
+    os.mkfifo(root / "3.png")  # which nobody writes to: to open it would be to wait for ever
+    (root / "4.png").symlink_to("gone.png")
+    train = imagefolder(root, size=8).train
+    assert len(train) == 3
+    assert list(train.faults) == [2]
+    assert "4.png" in train.faults[2]
 
 
 @pytest.mark.parametrize("other", ["test", "val"])

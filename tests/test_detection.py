@@ -18,6 +18,8 @@ from cpc.detect import main as detect_main
 from cpc.detection import detector, evaluate, find, fit, mean_average_precision, to_learn_from
 from cpc.encoders import resnet_small
 
+pytestmark = pytest.mark.usefixtures("as_a_new_process")
+
 SMALL = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.4, 0.3), "sides": (48, 48), "anchors": (12, 20), "head_width": 32}
 
 

@@ -167,7 +167,7 @@ def test_a_broken_card_is_named(run):
         json.dumps(CARD | {"architecture": {"name": "x", "arguments": [1]}}),
     ):
         (run / "encoder.json").write_text(text)
-        with pytest.raises(ValueError, match=r"encoder\.json is not an encoder's card"):
+        with pytest.raises(ValueError, match=r"encoder\.json (is not an encoder's card|cannot be read: Expecting)"):
             load_encoder(run)
     rewrite_card(run, architecture=CARD["architecture"] | {"arguments": {"width": 8, "blocks": [1, 1]}})
     with pytest.raises(ValueError, match=r"the weights in .*encoder\.safetensors are not those of the encoder that"):
@@ -248,9 +248,33 @@ def test_reading_a_pretrained_trunk_fetches_nothing(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", create_model)
     arguments = {"name": "resnet18", "pretrained": True, "checkpoint_path": "weights.pth", "in_chans": 3}
-    with pytest.raises(AttributeError):  # a bare module is no trunk
+    with pytest.raises(ValueError, match="has no attribute 'num_features'"):  # a bare module is no trunk
         build_encoder({"name": "contrastive_core.encoders.TimmTrunk", "arguments": arguments})
     assert asked == [("resnet18", {"num_classes": 0, "in_chans": 3})]
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "deeplabv3_resnet50", "raft_small", "none"])
+def test_a_trunk_that_torchvision_would_fetch_weights_for_is_refused(monkeypatch, name):
+    """A detector's builder loads its trunk's from the network, or from a cache, as a pickle."""
+
+    def fetch(*arguments, **options):
+        pytest.fail("it fetches")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    monkeypatch.setattr("torchvision._internally_replaced_utils.load_state_dict_from_url", fetch)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    with pytest.raises(ValueError, match=rf"'{name}' is none of torchvision's classifiers: pass resnet18, say"):
+        build_encoder({"name": "contrastive_core.encoders.TorchvisionTrunk", "arguments": {"name": name}})
+
+
+@pytest.mark.parametrize(("name", "arguments"), [
+    ("contrastive_core.encoders.TimmTrunk", {"name": "resnet18", "act_layer": "eval"}),
+    ("contrastive_core.encoders.MoCoViT", {"patch_size": 0}),
+    ("contrastive_core.encoders.MoCoViT", {"heads": 0}),
+])  # fmt: skip
+def test_whatever_a_constructor_raises_is_the_cards_fault(name, arguments):
+    with pytest.raises(ValueError, match="does not take what encoder"):
+        build_encoder({"name": name, "arguments": arguments})
 
 
 def test_an_architecture_of_ones_own_is_handed_over(run):

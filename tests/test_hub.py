@@ -158,7 +158,7 @@ def test_the_mixins_own_configuration_is_not_read(saved):
     (saved / "config.json").write_text("[" * 100_000)
     assert PretrainedEncoder.from_pretrained(saved).readout == "mean"
     (saved / "encoder.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"encoder\.json is not an encoder's card"):
+    with pytest.raises(ValueError, match=r"encoder\.json cannot be read: it is nested deeper"):
         PretrainedEncoder.from_pretrained(saved)
 
 

@@ -67,6 +67,13 @@ def test_split_weights_take_less_memory_and_more_wire(compose):
     assert split.bytes_of(8) == plain.bytes_of(8)
     assert split.bytes_of(0, devices=4) == plain.fixed / 4 + split.at_once
     assert 0 < split.at_once < 4 * split.parameters
+    by_turns = need(compose("method.gather=false", "shard=true", "accumulate=4"))  # with each micro-batch
+    assert by_turns.wire(images=8, devices=4) == 4 * split.wire(images=8, devices=4)
+
+
+def test_grad_cache_takes_a_second_forward_pass(compose):
+    plain, cached = need(compose()), need(compose("grad_cache=true", "accumulate=2"))
+    assert cached.operations == 4 / 3 * plain.operations
 
 
 def test_simclr_sends_both_projections(compose):

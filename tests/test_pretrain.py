@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cpc
+import cpc.run
 from contrastive_core.data import ImageDataset, TooManyBadImages, mnist5k
 from contrastive_core.run_log import RunLog, read_metrics
 from cpc.features import load_encoder
@@ -302,6 +304,90 @@ def test_the_log_is_cut_where_a_run_goes_on(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
     with pytest.raises(FileNotFoundError, match=r"no metrics.jsonl in .*: pass the folder of a run"):
         read_metrics(tmp_path / "none")
+
+
+def test_rows_that_a_crash_has_spoilt_are_named_and_left_out_where_a_run_goes_on(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1, "loss": 2.0}\n' + bytes(24) + b'\n{"step": 2, "loss": 1.5}\n'
+    )
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics.jsonl cannot be read: "):
+        read_metrics(tmp_path)
+    with RunLog(tmp_path, start=2, steps=4):
+        pass
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert "line 2 of" in caplog.text
+    (tmp_path / "metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"line 1 of .*metrics.jsonl is no row of metrics"):
+        read_metrics(tmp_path)
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_comes_after_them(start, monkeypatch):
+    done = []
+    monkeypatch.setattr(RunLog, "sync", lambda log: done.append("rows"))
+    saves = cpc.run.save_checkpoint
+    monkeypatch.setattr(cpc.run, "save_checkpoint", lambda *rest: (done.append("checkpoint"), saves(*rest)))
+    start("steps=2", "save_every=1")
+    assert done == ["rows", "checkpoint"] * 2
+
+
+@pytest.mark.parametrize("kept", ["checkpoints", "metrics.jsonl", "encoder.safetensors"])
+@pytest.mark.parametrize("resume", [[], ["resume=auto"]], ids=["anew", "resume"])
+def test_what_is_left_of_a_run_is_not_written_over(start, kept, resume):
+    folder = start("steps=2")
+    for path in folder.iterdir():
+        if path.name != kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(
+        FileExistsError, match=rf"run holds {kept} but no config.yaml: bring the run's own back, or use"
+    ):
+        start("steps=2", *resume)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_run_goes_on_with_its_own_images_alone(start, tmp_path):
+    for i in range(9):
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), 20 * i).save(tmp_path / f"data/{'ab'[i % 2]}/{i}.png")
+    options = ["data=imagefolder", f"data.root={tmp_path / 'data'}", "recipe=cpc/mnist5k", "steps=2", "save_every=1"]
+    folder = start(*options)
+    shutil.rmtree(folder / "checkpoints/step_00000002")
+    (tmp_path / "data/a/8.png").rename(tmp_path / "data/b/8.png")  # as many, one with another label
+    with pytest.raises(
+        ValueError, match=r"the run's images have changed \(9 at step 1, 9 now, by name and label\): bring"
+    ):
+        start(*options, "resume=auto")
+    (tmp_path / "data/b/8.png").rename(tmp_path / "data/a/8.png")
+    start(*options, "resume=auto")
+
+
+BEFORE_DATA = [
+    ("optimizer.lr=-1", "Invalid learning rate"),
+    ("optimizer._target_=torch.optim.Adamm", "Error loading 'torch.optim.Adamm'"),
+    ("schedule.warmup=3", "warmup"),
+    ("accumulate=3", "does not split evenly"),
+    ("seed=18446744073709551616", "seed=18446744073709551616: pass a number of 64 bits"),
+]
+
+
+@pytest.mark.parametrize(("option", "said"), BEFORE_DATA, ids=[option for option, _ in BEFORE_DATA])
+def test_what_needs_no_data_is_told_before_any_is_read(start, option, said):
+    with pytest.raises((ValueError, ImportError), match=said):
+        start("steps=2", option, "data=imagefolder", "data.root=/nowhere", "recipe=cpc/mnist5k")
+
+
+def test_two_processes_that_see_other_images_do_not_train(launch_tool, tmp_path):
+    """As where each node has a copy of the data on a disk of its own, and one is not whole."""
+    for process in range(2):
+        for i in range(9 - process):
+            (tmp_path / f"{process}").mkdir(exist_ok=True)
+            Image.new("L", (28, 28), 20 * i).save(tmp_path / f"{process}/{i}.png")
+    own = "data.root=${oc.env:RANK}"
+    options = tiny("steps=2", "device=cpu", "data=imagefolder", own, "recipe=cpc/mnist5k", "run_dir=run")
+    done = launch_tool("tools/pretrain_cpc.py", *options, processes=2)
+    assert done.returncode == 1
+    assert "the processes do not see the same images (9 on process 0, 8 on process 1)" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_from_the_command_line(launch_tool, call_tool, tmp_path, monkeypatch, capsys):

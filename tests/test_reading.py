@@ -9,10 +9,11 @@ from torch import nn
 
 from contrastive_core.checkpoint import export_encoder
 from contrastive_core.heads import ProjectionHead
+from contrastive_core.methods.classifier import Classifier
 from contrastive_core.reading import DEEPEST, LARGEST, read_json, read_yaml
 from cpc.context import ContextNetwork
 from cpc.encoders import resnet_small
-from cpc.features import load_contexts, load_encoder, load_head
+from cpc.features import load_classifier, load_contexts, load_encoder, load_head, parts_of
 
 BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]\n" for i in range(1, 40))
 
@@ -68,9 +69,11 @@ def test_a_plain_one_is_read(tmp_path):
 
 
 ABSURD = [
-    ({"width": 10**9}, r"encoder\.json says 1e\+09 where no encoder has more than 100000"),
+    ({"width": 10**9}, r"encoder\.json says 1e\+09 where nothing has more than 100000"),
     ({"width": 100_000}, r"final_norm\.bias is \(16,\) in the file, \(400000,\) by the card"),
-    ({"blocks": [[[10**7]]]}, r"encoder\.json says 1e\+07 where no encoder"),
+    ({"blocks": [[[10**7]]]}, r"encoder\.json says 1e\+07 where nothing"),
+    ({"blocks": [600, 600]}, r"encoder\.json's blocks is beyond 1000"),
+    ({"width": [1] * 2000}, r"encoder\.json's width is beyond 1000"),
     ({"width": -4}, r"resnet_small does not take what encoder\.json gives it: widths=.*pass at least 1"),
 ]
 
@@ -98,13 +101,67 @@ def test_so_are_a_head_and_context_networks_that_no_memory_holds(tmp_path):
     export_encoder(tmp_path, resnet_small(width=4), card, {"head": head, "context": networks})
     load_head(tmp_path)
     assert load_contexts(tmp_path).dim == 32
-    card["head"] = head.arguments | {"hidden": 10**7}
-    card["context"]["networks"]["down"] = networks["down"].arguments | {"width": 10**6}
+    card["head"] = head.arguments | {"hidden": 90_000}
+    card["context"]["networks"]["down"] = networks["down"].arguments | {"width": 90_000}
     (tmp_path / "encoder.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"not those of the head that its card describes: .* by the card"):
         load_head(tmp_path)
     with pytest.raises(ValueError, match=r"not those of the context networks that its card describes: .* by the card"):
         load_contexts(tmp_path)
+    card["head"]["layers"] = card["context"]["networks"]["down"]["layers"] = 10**4  # which take time, not memory
+    (tmp_path / "encoder.json").write_text(json.dumps(card))
+    for load in (load_head, load_contexts):
+        with pytest.raises(ValueError, match=r"encoder\.json's layers is beyond 1000"):
+            load(tmp_path)
+
+
+CLASSIFIERS = [
+    ({"head": {"dim": 16, "out": 90_000, "hidden": 90_000}}, r"not those of the classifier that its card describes: "),
+    ({"class_names": 5}, r"encoder\.json describes a classifier that cannot be built: TypeError"),
+    ({"head": {"dim": 16, "out": 8}, "head_layer": "x"}, r"encoder\.json describes a classifier that cannot be built"),
+    ({"head": "x"}, r"the card's head is no ProjectionHead's"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CLASSIFIERS, ids=[str(change) for change, _ in CLASSIFIERS])
+def test_so_is_a_classifier(tmp_path, change, said):
+    encoder = resnet_small(width=4)
+    described = {"class_names": ["a", "b"], "head": None, "head_layer": 0}
+    card = {
+        "architecture": {"name": "cpc.encoders.resnet_small", "arguments": {"width": 4}},
+        "input": {"image_size": 8, "mean": [0, 0, 0], "std": [1, 1, 1]},
+        "classifier": described,
+    }
+    export_encoder(tmp_path, encoder, card, parts_of(Classifier(encoder, classes=2)))
+    assert load_classifier(tmp_path)(torch.rand(1, 3, 8, 8)).shape == (1, 2)
+    changed = described | {"head_layer": 1 if "head" in change else 0} | change
+    (tmp_path / "encoder.json").write_text(json.dumps(card | {"classifier": changed}))
+    with pytest.raises(ValueError, match=said):
+        load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize("mean", [10**400, 1e400, "0", None])
+def test_a_mean_that_is_no_colours_is_refused(tmp_path, mean):
+    card = {
+        "architecture": {"name": "cpc.encoders.resnet_small", "arguments": {"width": 4}},
+        "input": {"image_size": 8, "mean": [mean, 0, 0], "std": [1, 1, 1]},
+    }
+    export_encoder(tmp_path, resnet_small(width=4), card)
+    with pytest.raises(ValueError, match=r"encoder\.json is not an encoder's card"):
+        load_encoder(tmp_path)
+
+
+def test_a_card_of_very_many_classes_is_read(tmp_path):
+    names = [f"{'a long name of a species ' * 4}{number}" for number in range(12_000)]
+    card = {
+        "architecture": {"name": "cpc.encoders.resnet_small", "arguments": {"width": 4}},
+        "input": {"image_size": 8, "mean": [0, 0, 0], "std": [1, 1, 1]},
+        "classifier": {"class_names": names, "head": None, "head_layer": 0},
+    }
+    encoder = resnet_small(width=4)
+    export_encoder(tmp_path, encoder, card, parts_of(Classifier(encoder, classes=len(names))))
+    assert (tmp_path / "encoder.json").stat().st_size > 1 << 20
+    assert load_classifier(tmp_path).class_names == tuple(names)
 
 
 def test_weights_that_are_none_are_refused(tmp_path):

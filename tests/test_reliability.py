@@ -20,9 +20,10 @@ from torch import nn
 import cpc.run
 from contrastive_core import training
 from contrastive_core.checkpoint import damage, latest_checkpoint
+from contrastive_core.data import UndecodableImage
 from contrastive_core.run_log import RunLog, read_metrics
 from cpc import interruption
-from cpc.entry import command, way_out
+from cpc.entry import command, told, way_out
 from cpc.interruption import Stopped, StopRequest
 from cpc.pretrain import PretrainSchema
 
@@ -301,6 +302,27 @@ def test_a_command_leaves_its_group_where_it_has_one(call_tool, tmp_path, stoppe
 def test_whatever_the_other_processes_silence_is_called(error):
     assert way_out(error).startswith("another process failed or did not answer")
     assert way_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+
+
+def test_what_a_process_that_decodes_ends_with_is_one_line(capsys):
+    caught = """Caught UndecodableImage in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "loading.py", line 7, in fetch
+contrastive_core.data.images.UndecodableImage: a.png: empty; nor can the 9 images after it be decoded
+"""
+    assert told(UndecodableImage(caught)) == 2
+    assert capsys.readouterr().err == "error: a.png: empty; nor can the 9 images after it be decoded\n"
+    killed = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
+    assert way_out(killed).endswith("pass fewer workers")
+
+
+def test_an_interrupt_before_a_run_listens_is_no_traceback(call_tool, capsys):
+    def job(cfg):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        call_tool(command("pretrain_cpc", job, schema=PretrainSchema))
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 # ---- disks ----

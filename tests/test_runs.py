@@ -34,11 +34,13 @@ def made(tmp_path_factory):
 def runs(made, tmp_path):
     """Those two, a killed one, one that is at work, and one of which nothing can be read."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    for name in ("killed", "running", "broken"):
+    for name in ("killed", "running", "broken", "huge", "deepest"):
         shutil.copytree(made / "deep/cpc", tmp_path / name)
         (tmp_path / name / "encoder.json").unlink()
     (tmp_path / "killed/metrics.jsonl").write_text('{"step": 1, "loss": 0.25}\n')
     (tmp_path / "broken/config.yaml").write_text("- 1")
+    (tmp_path / "huge/metrics.jsonl").write_text('{"step": 1, "loss": 1' + "0" * 400 + "}\n")
+    (tmp_path / "deepest/metrics.jsonl").write_text("[" * 100_000 + "\n")
     (tmp_path / "no run").mkdir()
     (tmp_path / "no run/config.yaml").write_text("steps: 3")
     with (tmp_path / "running/.lock").open("w") as lock:
@@ -59,7 +61,8 @@ def test_every_run_is_what_its_folder_says(runs):
         "running": "running",
     }
     reason = f"{runs / 'broken/config.yaml'} is not a run's configuration: it has no steps"
-    assert unread == [f"broken cannot be read: {reason}"]
+    assert unread[0] == f"broken cannot be read: {reason}"
+    assert [line.partition(" cannot be read: ")[0] for line in unread] == ["broken", "deepest", "huge"]
     cpc, metrics = found["deep/cpc"], read_metrics(runs / "deep/cpc")
     assert (cpc.method, cpc.data, cpc.step, cpc.steps) == ("CPC", "mnist5k", 2, 2)
     losses = [row for row in metrics if "loss" in row]

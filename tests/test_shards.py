@@ -26,7 +26,9 @@ from test_data import png
 from contrastive_core.data import (
     UndecodableImage,
     batch_indices,
+    dataset_digest,
     huggingface,
+    imagefolder,
     label_fraction,
     sample_ids,
     sample_order,
@@ -213,7 +215,7 @@ class RangeServer(SimpleHTTPRequestHandler):
         if asked is None or self.path.endswith("/"):
             super().do_GET()
             return
-        content = (Path(self.directory) / self.path.lstrip("/")).read_bytes()
+        content = (Path(self.directory) / self.path.lstrip("/").partition("?")[0]).read_bytes()
         first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
         part = content[first : last + 1]
         self.send_response(206)
@@ -276,6 +278,41 @@ def test_an_index_saves_reading_headers(server, folder, tmp_path):
     assert again.source.start.tolist() == first.source.start.tolist()
     write_shard(folder / "train-000.tar", 100, 4)
     assert len(webdataset(server.url, size=8, cache=False, index=index).train) == 19
+
+
+def made_anew(path, old_labels, new_labels):
+    """A shard of the same size with other labels, a minute later."""
+    for labels, time in ((old_labels, 1_700_000_000), (new_labels, 1_700_000_060)):
+        members(path, {f"{i}.{kind}": content for i, label in enumerate(labels)
+                       for kind, content in (("png", png(i)), ("cls", str(label).encode()))})  # fmt: skip
+        os.utime(path, (time, time))
+        yield
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["Last-Modified", "nothing"])
+def test_an_index_does_not_outlive_a_shard_of_the_same_size(server, tmp_path, monkeypatch, told):
+    """A server that says neither a time nor a tag leaves nothing to go by: the headers are read each time."""
+    if not told:
+        send = RangeServer.send_header
+        monkeypatch.setattr(
+            RangeServer, "send_header", lambda self, *pair: pair[0] == "Last-Modified" or send(self, *pair)
+        )
+    where, index = f"{server.url}/same.tar", tmp_path / "kept" / "index.npz"
+    labels = []
+    for _ in made_anew(tmp_path / "same.tar", [0, 1, 2], [2, 0, 1]):
+        labels += [webdataset(where, size=8, cache=False, index=index).train.labels.tolist() for _ in range(2)]
+    assert labels == [[0, 1, 2], [0, 1, 2], [2, 0, 1], [2, 0, 1]]
+    assert index.is_file() is told
+
+
+def test_a_server_without_ranges_is_told_of_at_once(server, monkeypatch):
+    monkeypatch.setattr(RangeServer, "do_GET", SimpleHTTPRequestHandler.do_GET)
+    with pytest.raises(OSError, match=r"train-000.tar: the server sends 30,720 bytes where 512 were asked for"):
+        webdataset(server.url, size=8)
+
+
+def test_a_signed_url_is_no_pattern(server):
+    assert len(webdataset(f"{server.url}/train-001.tar?X-Amz-Signature=1", size=8, cache=False).train) == 5
 
 
 def test_what_is_not_there_is_said(server, monkeypatch):
@@ -417,6 +454,52 @@ def test_paths_and_links_in_a_shard_lead_nowhere(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def repeated(path, files):
+    """A tar of these files, of which some may have one name."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def test_of_files_of_one_name_the_last_counts(tmp_path, caplog):
+    """As where tar unpacks a shard that was appended to; a name ends at its first dot, which is told."""
+    files = [("a.png", png(1)), ("a.cls", b"0"), ("a.png", png(2)), ("a.cls", b"1")]
+    files += [(f"photo.{i}.png", png(10 + i)) for i in range(5)]
+    files += [(f"{'long' * 200}.png", png(3))]
+    dataset = webdataset(repeated(tmp_path / "a.tar", files), size=8).train
+    assert (values(dataset), dataset.labels.tolist()) == ([2, 10], [1, -1])
+    assert "a.tar: 6 images are passed over, whose names up to the first dot are those of others, or lo" in caplog.text
+
+
+def test_a_shard_named_twice_is_refused(folder):
+    with pytest.raises(ValueError, match=r"data.train names .*train-001.tar twice: its images would count twice"):
+        webdataset([folder / "train-001.tar", folder / "train-*.tar"], size=8)
+
+
+def test_a_header_whose_numbers_are_none_breaks_its_shard(tmp_path, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for i, headers in enumerate([{}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.size": "x"}]):
+            info = tarfile.TarInfo(f"{i}.png")
+            info.size, info.pax_headers = len(png(i)), headers
+            tar.addfile(info, io.BytesIO(png(i)))
+    assert values(webdataset(tmp_path / "a.tar", size=8).train) == [0]
+    assert "broken shard" in caplog.text
+
+
+def test_names_that_are_no_text_have_identities(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    of_shard = webdataset(repeated(tmp_path / "a.tar", [(name, png(1))]), size=8).train
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / name).write_bytes(png(1))
+    of_folder = imagefolder(tmp_path / "images", size=8).train
+    for dataset in (of_shard, of_folder):
+        assert len(sample_ids(dataset)) == 1
+        assert len(dataset_digest(dataset)) == 12
+
+
 def test_an_image_that_claims_too_much_is_named(folder, monkeypatch):
     monkeypatch.setattr(shards_module, "LARGEST_IMAGE", 10)
     dataset = webdataset(folder, size=8, cache=False).train
@@ -479,10 +562,13 @@ def test_an_index_saves_reading_the_headers_again(folder, tmp_path, monkeypatch)
     assert [path.name for path in index.parent.iterdir()] == ["index.npz"]
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", None], ids=["empty", "nonsense", "pickle"])
+@pytest.mark.parametrize("content", [b"", b"nonsense", None, "cut"], ids=["empty", "nonsense", "pickle", "cut"])
 def test_what_is_no_index(folder, tmp_path, content):
     index = tmp_path / "index.npz"
-    if content is None:
+    if content == "cut":
+        webdataset(folder, size=8, index=index)
+        index.write_bytes(index.read_bytes()[:-30])
+    elif content is None:
         np.savez(index, files=np.array([object()], dtype=object))
     else:
         index.write_bytes(content)
@@ -569,6 +655,7 @@ def test_no_hugging_face_data_set(tmp_path, monkeypatch):
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("as_a_new_process")
 def test_pretraining_from_shards_is_pretraining_from_a_folder(folder, tmp_path, call_tool):
     """The same images under the same names in the same order: the same run, to the bit."""
     from contrastive_core.run_log import read_metrics

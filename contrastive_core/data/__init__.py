@@ -7,13 +7,14 @@ imported from its own module). `fractions` chooses the few labels of many, `iden
 
 from contrastive_core.data.fractions import LabelAmount, label_fraction, labels_listed, labels_per_class, only_labelled
 from contrastive_core.data.hub import huggingface
-from contrastive_core.data.identity import LabelSplit, sample_ids, split_digest
+from contrastive_core.data.identity import LabelSplit, dataset_digest, sample_ids, split_digest
 from contrastive_core.data.images import ImageDataset, Sample, UndecodableImage
 from contrastive_core.data.loading import (
     BadImages,
     LoadedBatch,
     TooManyBadImages,
     batch_indices,
+    check_shares,
     decodable,
     evaluation_batches,
     sample_order,
@@ -33,6 +34,8 @@ __all__ = [
     "TooManyBadImages",
     "UndecodableImage",
     "batch_indices",
+    "check_shares",
+    "dataset_digest",
     "decodable",
     "evaluation_batches",
     "huggingface",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class HuggingFaceImages(Stored):
     def identity(self, index: int) -> bytes:
         """The encoded image."""
         content = self[index]
-        return content if isinstance(content, bytes) else "/".join(Path(content).parts[-2:]).encode()
+        return content if isinstance(content, bytes) else os.fsencode("/".join(Path(content).parts[-2:]))
 
 
 def huggingface(

@@ -30,6 +30,9 @@ Encoded = bytes | str | Path | np.ndarray
 CACHE_LIMIT = 2 * 1024**3
 """Bytes of pixels above which a data set is not decoded into memory: CIFAR-10 at 32 px takes 0.15 GB."""
 
+LARGEST_LABEL = 100_000
+"""A number above which a label is that of no class, unless there are so many images."""
+
 LONGEST_SEARCH = 1000
 """Undecodable images in a row after which the search for a stand-in gives up."""
 
@@ -117,8 +120,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floats, whose range is not known: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would clip at 255 and give white
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray((wide >> 8).astype(np.uint8))
+        wide = np.asarray(image)  # of 16 bits, or of 32 of which PIL fills as many
+        image = Image.fromarray((wide.clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -141,6 +144,18 @@ def _at(source: Sequence[Encoded] | np.ndarray, chosen: list[int]) -> Sequence[E
     if isinstance(source, Stored):
         return source.take(chosen)
     return source[chosen] if isinstance(source, np.ndarray) else [source[i] for i in chosen]
+
+
+def class_numbers(highest: int, images: int, where: str) -> list[str]:
+    """Names of classes that have numbers only, up to the highest label, of so many images; [] for -1.
+
+    Raises ValueError, which says `where`, for a label that numbers something else than classes.
+
+    Example: `class_numbers(2, 10, "a.parquet")` is ["0", "1", "2"].
+    """
+    if highest > max(LARGEST_LABEL, 10 * images):
+        raise ValueError(f"{where}: the highest label of {images:,} images is {highest:,}: number the classes from 0")
+    return [str(label) for label in range(highest + 1)]
 
 
 class ImageDataset(Dataset[Sample]):
@@ -182,7 +197,7 @@ class ImageDataset(Dataset[Sample]):
             named = "no" if names is None else len(names)
             raise ValueError(f"{count} images with labels {tuple(self.labels.shape)} and {named} names: pass one each")
         if class_names is None:
-            class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
+            class_names = class_numbers(int(self.labels.max()), count, "labels")
         self.class_names = tuple(class_names)
         if int(self.labels.min()) < -1 or int(self.labels.max()) >= max(1, self.classes):
             low, high = int(self.labels.min()), int(self.labels.max())

@@ -95,6 +95,15 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int, shards: Sha
     return _order(count, seed, epoch, *(shards or ()))[place * batch_size :][:batch_size].clone()
 
 
+def check_shares(batch_size: int, world: int, accumulate: int) -> None:
+    """Raise ValueError where a batch cannot be shared out evenly over so many processes and micro-batches."""
+    if batch_size % (world * accumulate):
+        raise ValueError(
+            f"batch_size {batch_size} does not split evenly over {world} processes x {accumulate} micro-batches: "
+            f"pass a multiple of {world * accumulate}"
+        )
+
+
 def training_batches(
     dataset: ImageDataset,
     *,
@@ -127,11 +136,7 @@ def training_batches(
     Example: the places of a step, put together over ranks and micro-batches, are 0 .. batch_size - 1.
     """
     batch_indices(len(dataset), batch_size, seed, 0)  # complains about a batch larger than the data set
-    if batch_size % (world * accumulate):
-        raise ValueError(
-            f"batch_size {batch_size} does not split evenly over {world} processes x {accumulate} micro-batches: "
-            f"pass a multiple of {world * accumulate}"
-        )
+    check_shares(batch_size, world, accumulate)
     if not (0 <= rank < world and 0 <= start <= steps and workers >= 0):
         raise ValueError(f"rank {rank} of {world}, steps {start} to {steps}, {workers} workers: not a run")
     size = batch_size // (world * accumulate)

@@ -21,6 +21,9 @@ OPEN_FILES = 64
 TRIES, WAIT = 5, 0.5
 """How often a range is asked for that does not come, and the seconds before the second time, doubled each time."""
 
+STAMPS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "updated", "created")
+"""What fsspec's file systems call what changes when a file does."""
+
 BLOCK = 8 << 20
 """Bytes that are fetched at a time where a remote shard's headers are read."""
 
@@ -71,13 +74,15 @@ def _choices(inside: str) -> list[str]:
 def find_shards(where: StrPath | Sequence[StrPath], argument: str) -> list[str]:
     """Paths or URLs of shards, sorted: of a folder, a pattern, a file, or several of these.
 
-    Raises FileNotFoundError that names the argument where there is none.
+    Raises FileNotFoundError that names the argument where there is none, ValueError where a shard is named twice.
     """
     found: list[str] = []
     for each in [where] if isinstance(where, str | os.PathLike) else where:
         files = [file for one in spelled_out(str(each)) for file in (_remote if is_remote(one) else _local)(one)]
         if not files:
             raise FileNotFoundError(f"no shard {each}: set {argument} to a folder of .tar files, or to a pattern")
+        if twice := {*files} & {*found}:
+            raise ValueError(f"{argument} names {min(twice)} twice: its images would count twice")
         found += files
     return found
 
@@ -91,6 +96,8 @@ def _local(pattern: str) -> list[str]:
 
 def _remote(pattern: str) -> list[str]:
     system, path = file_system(pattern)
+    if pattern.startswith("http") and "?" in pattern:  # which begins a query there
+        return [pattern] if system.exists(path) else []
     if path.endswith(".tar") and not glob.has_magic(path):
         return [pattern] if system.exists(path) else []
     within = path if glob.has_magic(path) else f"{path.rstrip('/')}/*.tar"
@@ -98,13 +105,15 @@ def _remote(pattern: str) -> list[str]:
 
 
 def state_of(file: str) -> tuple[int, int]:
-    """What changes when a shard does: its size, and its time or what a server has in place of it."""
+    """What changes when a shard does: its size, and its time or what a server has in place of it; 0 = nothing."""
     if not is_remote(file):
         status = os.stat(file)
         return status.st_size, status.st_mtime_ns
     system, path = file_system(file)
     told = system.info(path)
-    named = [str(told[name]) for name in ("ETag", "etag", "LastModified", "mtime", "created") if told.get(name)]
+    named = [str(told[name]) for name in STAMPS if told.get(name)]
+    if not named:
+        return int(told["size"]), 0
     return int(told["size"]), int.from_bytes(hashlib.sha256("".join(named).encode()).digest()[:7], "big")
 
 
@@ -121,14 +130,17 @@ def fetched(url: str, start: int, length: int) -> bytes:
     system, path = file_system(url)
     for again in range(TRIES):
         try:
-            return cast(bytes, system.cat_file(path, start=start, end=start + length))
+            read = cast(bytes, system.cat_file(path, start=start, end=start + length))
+            if len(read) <= length:
+                return read
+            break
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:  # each protocol has errors of its own
             if again + 1 == TRIES:
                 raise OSError(f"{url} did not answer {TRIES} times: {error}") from error
             time.sleep(WAIT * 2**again)
-    raise AssertionError("unreachable")
+    raise OSError(f"{url}: the server sends {len(read):,} bytes where {length:,} were asked for: it must know ranges")
 
 
 class RangeReader:

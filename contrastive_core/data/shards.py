@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import tarfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from contrastive_core.data.images import ImageDataset, Stored
-from contrastive_core.data.shard_files import RangeReader, find_shards, is_remote, opened, state_of
+from contrastive_core.data.images import LARGEST_LABEL, ImageDataset, Stored, class_numbers
+from contrastive_core.data.shard_files import RangeReader, fetched, find_shards, is_remote, opened, state_of
 from contrastive_core.data.sources import EXTENSIONS, Splits, StrPath, cached_splits
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ LARGEST_IMAGE = 1 << 28
 
 LONGEST_LABEL = 32
 """Bytes of a `.cls` file above which it is no label."""
+
+LONGEST_KEY = 512
+"""Characters above which a name is no sample's: all names of a collection take as many as the longest."""
 
 READERS = 8
 """Remote shards whose headers are read at the same time."""
@@ -95,7 +99,7 @@ class TarImages(Stored):
 
     def identity(self, index: int) -> bytes:
         """The last two parts of the key, as of a file's path: a million images are not read to draw a split."""
-        return "/".join(str(self.keys[index]).split("/")[-2:]).encode()
+        return "/".join(str(self.keys[index]).split("/")[-2:]).encode(errors="surrogateescape")
 
 
 def webdataset(
@@ -109,9 +113,10 @@ def webdataset(
 ) -> Splits:
     """Images from tar shards as WebDataset writes them: what shares a name up to the first dot is a sample.
 
-    A sample's image is its first file with an image's suffix; its label the number in its `.cls` file, from 0, if it
-    has one. Nothing is unpacked, so that no path in a shard leads anywhere; links and samples without image are passed
-    over. A shard that is no tar, or ends too soon, is named in the log, and what comes before the break counts.
+    A sample's image is its first file with an image's suffix; the log tells how many others are passed over. Its label
+    is the number in its `.cls` file, from 0, if it has one. Of files of one name the last counts, as where tar unpacks
+    them. Nothing is unpacked here, so that no path in a shard leads anywhere; links and samples without image are
+    passed over. A shard that is no tar, or ends too soon, is named in the log, and what comes before the break counts.
 
     Args:
         train, test: a folder of `.tar` files, a pattern such as "shards/train-*.tar" or "train-{000..146}.tar", a file,
@@ -152,7 +157,9 @@ def _of_shards(files: list[str], known: dict[str, Headers], size: int, shards_at
     shard, start, length, keys, labels = zip(*rows, strict=True)
     places = [np.array(numbers, dtype=np.int64) for numbers in (shard, start, length)]
     source = TarImages(files, places[0], places[1], places[2], np.array(keys))
-    dataset = ImageDataset(source, size=size, labels=list(labels))
+    dataset = ImageDataset(
+        source, size=size, labels=list(labels), class_names=class_numbers(max(labels), len(rows), files[0])
+    )
     if shards_at_a_time is not None:
         if shards_at_a_time < 1:
             raise ValueError(f"shards_at_a_time={shards_at_a_time}: pass 1 or more, or null to mix all images")
@@ -163,12 +170,16 @@ def _of_shards(files: list[str], known: dict[str, Headers], size: int, shards_at
 def read_shard(file: str) -> Headers:
     """The images of a shard, by their headers; a break is named in the log, and ends the list.
 
+    So are images that are passed over.
+
     Raises OSError where it cannot be read: a disk or a line that fails now and then must not make another data set.
     """
     images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, int] = {}
-    broken = ""
+    numbers: dict[str, bytes] = {}
+    broken, passed_over = "", 0
     state = state_of(file)
+    if is_remote(file):
+        fetched(file, 0, tarfile.BLOCKSIZE)  # a server without ranges is told of now, and not image by image
     try:
         # not compressed: a place in a compressed file cannot be gone to
         with opened(file) as bytes_of, tarfile.open(fileobj=bytes_of, mode="r:") as shard:
@@ -181,19 +192,28 @@ def read_shard(file: str) -> Headers:
                 if not member.isreg():
                     continue
                 if suffix == "cls" and member.size <= LONGEST_LABEL and (text := shard.extractfile(member)) is not None:
-                    labels[key] = _label(text.read(), file, key)
+                    numbers[key] = text.read()
                 elif f".{suffix.rpartition('.')[2]}" in EXTENSIONS:
-                    images.setdefault(key, member)
+                    first = images.setdefault(key, member) if len(key) <= LONGEST_KEY else None
+                    passed_over += first is not member
+                    if first is not None and first.name == member.name:
+                        images[key] = member
             # tarfile takes a header that is cut off or damaged for the end, which is at least a block of zeros
             bytes_of.seek(shard.offset)
             rest = bytes_of.read(tarfile.RECORDSIZE)
             if len(rest) < tarfile.BLOCKSIZE or any(rest):
                 raise tarfile.ReadError(f"neither a header nor the end at byte {shard.offset:,}")
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError) as error:  # ValueError: of a header's numbers
         broken = " ".join(str(error).split())
         logger.warning("broken shard %s: %s; the %d images before that are used", file, broken, len(images))
+    if passed_over:
+        logger.warning(
+            "%s: %d images are passed over, whose names up to the first dot are those of others, or longer than %d",
+            file, passed_over, LONGEST_KEY,
+        )  # fmt: skip
+    labels = {key: _label(text, file, key) for key, text in numbers.items() if key in images}
     members = [Member(member.offset_data, member.size, key, labels.get(key, -1)) for key, member in images.items()]
-    return Headers(members, None if broken else state)
+    return Headers(members, None if broken or not state[1] else state)
 
 
 def _sample(name: str) -> tuple[str, str, str]:
@@ -205,9 +225,12 @@ def _sample(name: str) -> tuple[str, str, str]:
 
 def _label(text: bytes, file: str, key: str) -> int:
     try:
-        return int(text)
+        label = int(text)
     except ValueError:
-        raise ValueError(f"{file}: the label of {key} is {text[:20]!r}: number the classes from 0") from None
+        label = LARGEST_LABEL + 1
+    if abs(label) > LARGEST_LABEL:
+        raise ValueError(f"{file}: the label of {key} is {text[:20]!r}: number the classes from 0")
+    return label
 
 
 def _read_index(index: Path) -> dict[str, Headers]:
@@ -215,9 +238,9 @@ def _read_index(index: Path) -> dict[str, Headers]:
     if not index.is_file():
         return {}
     try:
-        with np.load(index, allow_pickle=False) as kept:
+        with index.open("rb") as file, np.load(file, allow_pickle=False) as kept:
             tables = {name: kept[name] for name in ("files", "states", "shard", "start", "length", "keys", "labels")}
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{index} is no index of shards ({error}): pass another data.index, or remove it") from error
     files, bounds = tables["files"].tolist(), np.searchsorted(tables["shard"], np.arange(len(tables["files"]) + 1))
     known = {}

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from contrastive_core.data.images import CACHE_LIMIT, Encoded, ImageDataset
+from contrastive_core.data.images import CACHE_LIMIT, Encoded, ImageDataset, class_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,8 @@ def parquet(
     tables = [
         _read_parquet(files, argument) for files, argument in ((train, "data.train"), (test, "data.test")) if files
     ]
-    classes = 1 + max(max(labels) for _, labels, _ in tables)
-    class_names = [str(label) for label in range(classes)]
+    highest, images_in_all = max(max(labels) for _, labels, _ in tables), sum(len(labels) for _, labels, _ in tables)
+    class_names = class_numbers(highest, images_in_all, "column `label`")
     parts = [
         ImageDataset(images, size=size, labels=labels, class_names=class_names, names=names)
         for images, labels, names in tables
@@ -218,16 +218,27 @@ def _folders(paths: list[Path]) -> list[str]:
 
 
 def _find_images(root: Path) -> list[Path]:
-    """Paths of the images below `root`, relative to it, sorted; hidden files are no images."""
-    found = [
-        Path(folder, file).relative_to(root)
-        for folder, _, files in os.walk(root, followlinks=True)
-        for file in files
-        if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-    ]
+    """Paths of the images below `root`, relative to it, sorted; what is hidden is no image."""
+    found = [Path(file).relative_to(root) for file in _images_below(root, frozenset())]
     if not found:
         raise FileNotFoundError(f"no image below {root}: looked for {' '.join(EXTENSIONS)}")
     return sorted(found)
+
+
+def _images_below(folder: StrPath, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Files and links to files, also below links to folders, unless these lead back to one of those `above`."""
+    status = os.stat(folder)
+    here = status.st_dev, status.st_ino
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _images_below(entry.path, above | {here})
+            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or not os.path.exists(entry.path)):
+                yield entry.path  # a link to nothing too: it is told of as an image that cannot be decoded
 
 
 def torchvision_dataset(name: str, root: StrPath, *, size: int, download: bool = False, cache: bool = True) -> Splits:
