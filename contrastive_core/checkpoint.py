@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -134,7 +134,8 @@ def save_checkpoint(
         raise
     _remove(target)
     partial.rename(target)
-    _sync(folder)
+    for path in (folder, folder.parent):
+        _sync(path)
     for old in _superseded(folder, target, keep):
         _remove(old)
     return target
@@ -213,20 +214,40 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint_(checkpoint: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Any]:
-    """Restore modules and optimizer in place; returns the JSON that was stored, with `step`.
+    """Restore modules and optimizer in place; returns `read_state`.
 
-    Raises ValueError, before anything is changed, for a file that is missing or cannot be read.
+    Raises ValueError, before anything is changed, for a file that is missing or cannot be read; and for other modules'
+    tensors.
     """
+    state = read_state(checkpoint)
     try:
         tensors = {name: load_file(checkpoint / f"{name}.safetensors") for name in (*modules, "optimizer")}
-        state: dict[str, Any] = read_json(checkpoint / "state.json")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint} is damaged ({error}): remove it to resume from the one before") from error
-    for name, module in modules.items():
-        own = module.state_dict()
-        module.load_state_dict({key: split_like(value, own.get(key, value)) for key, value in tensors[name].items()})
-    restore_optimizer_(optimizer, tensors["optimizer"])
+    except (SafetensorError, OSError) as error:
+        raise _damaged(checkpoint, error) from error
+    try:
+        for name, module in modules.items():
+            own = module.state_dict()
+            split = {key: split_like(value, own.get(key, value)) for key, value in tensors[name].items()}
+            module.load_state_dict(split)
+        restore_optimizer_(optimizer, tensors["optimizer"])
+    except (RuntimeError, LookupError, ValueError) as error:
+        raise ValueError(f"{checkpoint} is of another run's making: {' '.join(str(error).split())[:300]}") from error
     return state
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint, with the optimizer steps done as `step`. Raises ValueError where it cannot be read."""
+    try:
+        state = read_json(checkpoint / "state.json")
+    except (OSError, ValueError) as error:
+        raise _damaged(checkpoint, error) from error
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise _damaged(checkpoint, "state.json tells no step")
+    return cast(dict[str, Any], state)
+
+
+def _damaged(checkpoint: Path, error: object) -> ValueError:
+    return ValueError(f"{checkpoint} is damaged ({error}): move it away to resume from the one before")
 
 
 def export_encoder(

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from contrastive_core.checkpoint import replacing
 from contrastive_core.data import BadImages, Splits, decodable, sample_ids
 from contrastive_core.evaluate.features import extract_features, pool_grid
 from contrastive_core.evaluate.linear import paper_linear_probe
@@ -170,7 +171,8 @@ def evaluate(cfg: DictConfig) -> Path:
         **({"collapsed": collapsed} if collapsed else {}),
         "rows": rows,
     }
-    written.write_text(json.dumps(record, indent=1) + "\n")
+    with replacing(written) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {written}")
     return written
 

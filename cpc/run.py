@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from contrastive_core.batch_norm import globalize_batch_norm
-from contrastive_core.checkpoint import export_encoder, load_checkpoint_, save_checkpoint, take_part
+from contrastive_core.checkpoint import export_encoder, load_checkpoint_, read_state, save_checkpoint, take_part
 from contrastive_core.data import ImageDataset, check_shares, dataset_digest, training_batches
 from contrastive_core.grad_cache import check_cacheable
 from contrastive_core.method import Method
@@ -164,10 +164,11 @@ def resume_(
     """
     if checkpoint is None:
         return 0
-    state = load_checkpoint_(checkpoint, modules, optimizer)
+    state = read_state(checkpoint)
     if images != {name: state.get(name, value) for name, value in images.items()}:
         counts = f"{state['images']:,} at step {state['step']}, {images['images']:,} now"
         raise ValueError(f"the run's images have changed ({counts}, by name and label): bring them back, or start anew")
+    load_checkpoint_(checkpoint, modules, optimizer)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     before, now = {name: state.get(name) for name in rounding(accelerator)}, rounding(accelerator)

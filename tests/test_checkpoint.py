@@ -2,12 +2,14 @@
 
 import errno
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from contrastive_core import checkpoint
@@ -191,6 +193,22 @@ def test_one_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
         latest_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(("file", "content", "said"), [
+    ("state.json", b"[1]", "is damaged (state.json tells no step)"),
+    ("state.json", b"{}", "is damaged (state.json tells no step)"),
+    ("net.safetensors", save({"0.weight": torch.ones(2)}), "is of another run's making: Error(s) in load"),
+    ("optimizer.safetensors", save({"999.exp_avg": torch.ones(2)}), "is of another run's making: list index out of"),
+    ("optimizer.safetensors", save({"x": torch.ones(2)}), "is of another run's making: "),
+])  # fmt: skip
+def test_a_whole_checkpoint_of_another_make_is_one_line(tmp_path, file, content, said):
+    """Its manifest may be right: it comes from anyone."""
+    net = network()
+    written = save_checkpoint(tmp_path, 1, {"net": net}, adam(net), {})
+    (written / file).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_checkpoint_(written, {"net": net}, adam(net))
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     net = network()
     written = save_checkpoint(tmp_path, 1, {"net": net}, adam(net), {})
@@ -280,7 +298,7 @@ def test_there_is_no_code_in_a_checkpoint(tmp_path, monkeypatch):
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     net = network()
     written = save_checkpoint(tmp_path, 1, {"net": net}, adam(net), {})
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"is of another run.s making: .*size mismatch"):
         load_checkpoint_(written, {"net": nn.Sequential(nn.Conv2d(3, 9, 3))}, adam(net))
 
 

@@ -545,6 +545,11 @@ def test_parquet_that_will_not_do(tmp_path: Path) -> None:
     ids = write(tmp_path / "ids.parquet", image=[png(), png()], label=[1_700_000_000, 3])
     with pytest.raises(ValueError, match="column `label`: the highest label of 2 images is 1,700,000,000: number the"):
         parquet(ids, size=8)
+    whole = write(tmp_path / "whole.parquet", image=[png(i) for i in range(50)]).read_bytes()
+    for first, last in ((len(whole) - 400, len(whole) - 8), (4, 400)):  # the footer, the columns
+        (tmp_path / "damaged.parquet").write_bytes(whole[:first] + bytes(last - first) + whole[last:])
+        with pytest.raises(ValueError, match=r"damaged\.parquet is (not a parquet file|damaged): "):
+            parquet(tmp_path / "damaged.parquet", size=8)
     (tmp_path / "e.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match="not a parquet file"):
         parquet(tmp_path / "e.parquet", size=8)

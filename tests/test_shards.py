@@ -325,6 +325,12 @@ def test_what_is_not_there_is_said(server, monkeypatch):
         webdataset("s3://bucket/a.tar", size=8)
 
 
+@pytest.mark.parametrize("pattern", ["x-{0..99999999999}.tar", "{0..9999}-{0..9999}.tar"])
+def test_a_pattern_of_more_shards_than_there_can_be_is_refused(pattern):
+    with pytest.raises(ValueError, match="spells out more than 1,000,000 shards"):
+        shard_files.spelled_out(pattern)
+
+
 def test_braces_are_spelled_out():
     assert shard_files.spelled_out("{a,b}-{08..10}.tar") == [f"{x}-{n}.tar" for x in "ab" for n in ("08", "09", "10")]
     assert shard_files.spelled_out("plain.tar") == ["plain.tar"]

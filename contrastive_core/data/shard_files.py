@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import math
 import os
 import re
 import threading
@@ -17,6 +18,9 @@ from contrastive_core.data.sources import StrPath
 
 OPEN_FILES = 64
 """Shards on a disk that a process keeps open."""
+
+MOST_SHARDS = 1_000_000
+"""That a pattern may spell out."""
 
 TRIES, WAIT = 5, 0.5
 """How often a range is asked for that does not come, and the seconds before the second time, doubled each time."""
@@ -57,18 +61,23 @@ def file_system(url: str) -> tuple[Any, str]:
 def spelled_out(pattern: str) -> list[str]:
     """A pattern's braces, as shells and WebDataset write them, in order.
 
+    Raises ValueError for a pattern of more than `MOST_SHARDS`.
+
     Example: "{a,b}-{08..10}.tar" is a-08.tar, a-09.tar, a-10.tar, b-08.tar, b-09.tar, b-10.tar.
     """
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [[part] if place % 2 == 0 else _choices(part) for place, part in enumerate(parts)]
+    if math.prod(map(len, choices)) > MOST_SHARDS:
+        raise ValueError(f"{pattern} spells out more than {MOST_SHARDS:,} shards")
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
-def _choices(inside: str) -> list[str]:
+def _choices(inside: str) -> Sequence[str]:
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if ends is None:
         return inside.split(",")
-    return [f"{number:0{len(ends[1])}d}" for number in range(int(ends[1]), int(ends[2]) + 1)]
+    last = min(int(ends[2]), int(ends[1]) + MOST_SHARDS)  # one too many is enough to be refused
+    return [f"{number:0{len(ends[1])}d}" for number in range(int(ends[1]), last + 1)]
 
 
 def find_shards(where: StrPath | Sequence[StrPath], argument: str) -> list[str]:

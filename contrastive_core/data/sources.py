@@ -145,14 +145,17 @@ def _read_parquet_file(file: Path) -> tuple[list[Encoded], list[int]]:
 
     try:
         opened = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:  # OSError: what Arrow raises for a footer that it cannot make out, too
         raise ValueError(f"{file} is not a parquet file: {error}") from error
     columns = opened.schema_arrow.names
     if "image" not in columns:
         raise ValueError(
             f"{file} has the columns {', '.join(columns)}: rename the one with the encoded images to `image`"
         )
-    table = opened.read([column for column in ("image", "label") if column in columns])
+    try:
+        table = opened.read([column for column in ("image", "label") if column in columns])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     kind = table.schema.field("image").type
     if pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind}:
         images = [_bytes_or_path(cell or {}, file.parent) for cell in table["image"].to_pylist()]
