@@ -6,6 +6,7 @@ not forward signals, so killing it alone would leave its workers running.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -61,14 +62,25 @@ def run_command(command: list[str], cwd: Path, env: dict[str, str] | None = None
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def launcher(processes: int) -> list[str]:
-    """`accelerate launch` for so many processes, with all it would otherwise warn about, and a port of its own."""
+def pytest_collection_finish() -> None:
+    """All that is imported by now stays: to look through it again and again for garbage takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+    return port
+
+
+def launcher(processes: int) -> list[str]:
+    """`accelerate launch` for so many processes, with all it would otherwise warn about, and a port of its own."""
     options = f"--num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
     # Without --multi_gpu the launcher starts one process on a machine without a GPU, whatever was asked for.
-    several = f"--multi_gpu --main_process_port {port}" if processes > 1 else ""
+    several = f"--multi_gpu --main_process_port {free_port()}" if processes > 1 else ""
     return [sys.executable, "-m", "accelerate.commands.launch", *options.split(), *several.split()]
 
 

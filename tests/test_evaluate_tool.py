@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -191,6 +192,7 @@ def test_the_demo_ends_with_a_table_and_pictures(compose, tmp_path, capsys, monk
     for part in ("FROZEN", "NETWORK", "ONE_POINT"):
         monkeypatch.setattr(cpc.demo, part, [*getattr(cpc.demo, part), *short])
     monkeypatch.setattr(cpc.demo, "CURVE", (2, 4))
+    monkeypatch.setattr(cpc.demo, "few_label_rows", partial(cpc.demo.few_label_rows, draws=2))
     folder = demo(compose(*TINY, f"run_dir={tmp_path / 'run'}"))
     printed = capsys.readouterr().out
     rows = json.loads((folder / "evaluation.json").read_text())["rows"]
@@ -202,9 +204,9 @@ def test_the_demo_ends_with_a_table_and_pictures(compose, tmp_path, capsys, monk
         "pixels",
         "pixels",
     ]
-    assert all(row["labels"] == 100 and len(row["draws"]) == 5 for row in rows)
+    assert all(row["labels"] == 100 and len(row["draws"]) == 2 for row in rows)
     pixels = [row["accuracy"] for row in rows if row["features"] == "pixels"]
-    assert pixels == pytest.approx([0.77, 0.78], abs=0.02)  # what the baselines are known to give
+    assert pixels == pytest.approx([0.77, 0.78], abs=0.03)  # what the baselines are known to give
     for name in ("loss.png", "confusion.png", "retrieval.png"):
         assert (folder / name).stat().st_size > 2000
         assert str(folder / name) in printed

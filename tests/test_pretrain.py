@@ -13,6 +13,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_runs import on_processes, refused_run, tool_run
 
 import cpc
 import cpc.run
@@ -376,17 +377,15 @@ def test_what_needs_no_data_is_told_before_any_is_read(start, option, said):
         start("steps=2", option, "data=imagefolder", "data.root=/nowhere", "recipe=cpc/mnist5k")
 
 
-def test_two_processes_that_see_other_images_do_not_train(launch_tool, tmp_path):
+def test_two_processes_that_see_other_images_do_not_train(tmp_path):
     """As where each node has a copy of the data on a disk of its own, and one is not whole."""
     for process in range(2):
         for i in range(9 - process):
             (tmp_path / f"{process}").mkdir(exist_ok=True)
             Image.new("L", (28, 28), 20 * i).save(tmp_path / f"{process}/{i}.png")
-    own = "data.root=${oc.env:RANK}"
-    options = tiny("steps=2", "device=cpu", "data=imagefolder", own, "recipe=cpc/mnist5k", "run_dir=run")
-    done = launch_tool("tools/pretrain_cpc.py", *options, processes=2)
-    assert done.returncode == 1
-    assert "the processes do not see the same images (9 on process 0, 8 on process 1)" in done.stderr
+    own = "data.root=" + str(tmp_path) + "/${oc.env:RANK}"
+    options = tiny("steps=2", "device=cpu", "data=imagefolder", own, "recipe=cpc/mnist5k", f"run_dir={tmp_path}/run")
+    on_processes(2, refused_run, r"do not see the same images \(9 on process 0, 8 on process 1\)", *options)
     assert not (tmp_path / "run").exists()
 
 
@@ -446,11 +445,11 @@ def test_a_bad_image_is_named_and_counted_and_too_many_stop_the_run(start, tmp_p
         start("steps=6", "bad_images=0", *data, run_dir="strict")
 
 
-def test_grad_cache_on_two_processes_is_the_whole_batch_on_one(launch_tool, compose, tmp_path):
+def test_grad_cache_on_two_processes_is_the_whole_batch_on_one(compose, tmp_path):
     options = tiny("steps=3", "device=cpu", "batch_size=16")
-    cached = "accumulate=2", "grad_cache=true", "run_dir=two"
-    two = launch_tool("tools/pretrain_cpc.py", *options, *cached, processes=2)
-    assert two.returncode == 0, two.stderr
+    on_processes(
+        2, tool_run, "pretrain_cpc", *options, "accumulate=2", "grad_cache=true", f"run_dir={tmp_path / 'two'}"
+    )
     pretrain(compose(*options, f"run_dir={tmp_path / 'one'}"))
     for a, b in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
         assert (a["ranks"], b["ranks"]) == (2, 1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_runs import on_processes, tool_run
 
 import cpc
 from contrastive_core.run_log import read_metrics
@@ -195,7 +196,7 @@ def test_a_method_of_your_own_needs_no_fork(photos, call_tool, tmp_path, monkeyp
     check_loads(tmp_path / "run")
 
 
-def test_from_the_command_line_one_process_and_two(run_tool, launch_tool, tmp_path):
+def test_one_process_from_the_command_line_and_two(run_tool, tmp_path):
     """BatchNorm over all processes, and negatives of all: two processes do what one does."""
     options = ["method=simclr", "steps=2", "batch_size=16", "encoder.width=4", "probe_every=0", "log_every=1"]
     options += ["device=cpu", "threads=1"]
@@ -204,8 +205,7 @@ def test_from_the_command_line_one_process_and_two(run_tool, launch_tool, tmp_pa
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("simclr-mnist5k-")
     check_loads(folder)
-    two = launch_tool("tools/pretrain.py", *options, "run_dir=two", processes=2)
-    assert two.returncode == 0, two.stderr
+    on_processes(2, tool_run, "pretrain", *options, f"run_dir={tmp_path / 'two'}")
     alone, together = read_metrics(folder), read_metrics(tmp_path / "two")
     assert [row["step"] for row in together] == [1, 2]
     for a, b in zip(together, alone, strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import on_processes, tool_run
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
@@ -176,14 +177,13 @@ TINY = ["steps=4", "batch_size=8", "encoder.width=4", "method.context.width=8", 
 TINY += ["log_every=1", "device=cpu", "averaging=0.5", "probe_every=2", "probe_images=50", "save_every=2", "clip=0.5"]
 
 
-def test_a_split_run_is_the_run(launch_tool, as_a_new_process, compose, tmp_path):
+def test_a_split_run_is_the_run(as_a_new_process, compose, tmp_path):
     """Probes, averaged weights, checkpoints and the export; and one process goes on where two were."""
     from cpc.pretrain import pretrain
 
-    done = launch_tool("tools/pretrain_cpc.py", *TINY, "shard=true", "run_dir=split", processes=2)
-    assert done.returncode == 0, done.stderr
-    alone = pretrain(compose(*TINY, f"run_dir={tmp_path / 'alone'}"))
     split = tmp_path / "split"
+    on_processes(2, tool_run, "pretrain_cpc", *TINY, "shard=true", f"run_dir={split}")
+    alone = pretrain(compose(*TINY, f"run_dir={tmp_path / 'alone'}"))
 
     def assert_the_same():
         for file in ("encoder.safetensors", "checkpoints/step_00000004/averaged.safetensors"):

@@ -1,4 +1,4 @@
-"""Tiny runs in processes of their own, which can be killed: see test_reliability.
+"""Tiny runs in processes of their own, which can be killed (see test_reliability), or are several of one run.
 
 A server forks them that has imported everything and computed nothing. Forked from the tests' own process they would all
 fail at their first gradient once a test before has started autograd's threads (torch.export does), and a run that has
@@ -22,7 +22,8 @@ from typing import Any
 
 import hydra
 import pytest
-from conftest import CHECKOUT
+import torch
+from conftest import CHECKOUT, free_port
 
 import cpc.run
 from contrastive_core import checkpoint
@@ -33,11 +34,21 @@ TINY = ["batch_size=8", "encoder.width=4", "method.context.width=8", "method.con
 TINY += ["log_every=1", "save_every=3", "threads=1", "steps=12", "averaging=0.9", "probe_images=50", "resume=auto"]
 
 
+def tool_run(name: str, *overrides: str) -> Path:
+    """What tools/NAME.py, pretrain or pretrain_cpc, does with these arguments."""
+    with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
+        return pretrain(hydra.compose(name, list(overrides)))
+
+
 def tiny_run(folder: Path, *overrides: str) -> Path:
     """From where it was to its end."""
-    with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
-        cfg = hydra.compose("pretrain_cpc", [*TINY, f"run_dir={folder}", *overrides])
-    return pretrain(cfg)
+    return tool_run("pretrain_cpc", *TINY, f"run_dir={folder}", *overrides)
+
+
+def refused_run(said: str, *overrides: str) -> None:
+    """One that ends in a ValueError that says this."""
+    with pytest.raises(ValueError, match=said):
+        tool_run("pretrain_cpc", *overrides)
 
 
 @functools.cache
@@ -60,6 +71,24 @@ def in_a_child(job: Callable[..., Any], *arguments: object) -> Iterator[BaseProc
     finally:
         child.join()
     assert child.exitcode in (0, -signal.SIGKILL), f"it failed with exit code {child.exitcode}: its output says why"
+
+
+def on_processes(count: int, job: Callable[..., Any], *arguments: object) -> None:
+    """`job(*arguments)` in so many processes of one run, as a launcher starts them, in a third of its time."""
+    port = free_port()
+    children = [_server().Process(target=_as_one_of, args=(count, port, rank, job, arguments)) for rank in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * count, "their output says why"
+
+
+def _as_one_of(count: int, port: int, rank: int, job: Callable[..., Any], arguments: tuple[object, ...]) -> None:
+    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in named.items()})
+    job(*arguments)
+    torch.distributed.destroy_process_group()
 
 
 class Killer:
