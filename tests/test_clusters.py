@@ -2,7 +2,6 @@
 
 import json
 import math
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from conftest import CHECKOUT, run_command
+from conftest import CHECKOUT, free_port, run_command
 
 from contrastive_core.run_log import read_metrics
 from cpc.entry import start_accelerator
@@ -74,9 +73,7 @@ def test_one_gpu_is_one_process_here(tmp_path):
 
 @pytest.mark.slow
 def test_two_machines_are_two_launchers_here(tmp_path, run_tool):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     common = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     commands = [launched("two_nodes", tmp_path / "run", *common, "--machine_rank", rank) for rank in ("0", "1")]
     environment = {"PYTHONPATH": str(CHECKOUT), "PATH": "/usr/bin:/bin", "GLOO_SOCKET_IFNAME": "lo"}

@@ -353,6 +353,7 @@ def test_a_mistake_is_told_before_the_first_step(all_steps, arguments, message, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_three_steps_on_two_processes(launch_tool, tmp_path):
     run = launch_tool("tools/simclr_v2.py", *ALL_STEPS, "out=all", processes=2)
     assert run.returncode == 0, run.stderr

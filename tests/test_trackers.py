@@ -139,6 +139,7 @@ def test_wandb_has_the_rows_and_the_configuration(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
+@pytest.mark.slow  # most of it trackio's import
 def test_trackio_has_the_rows_and_the_configuration(tmp_path):
     """In processes of its own, of a run that goes on: the package looks for its folder when it is imported."""
     code = (
