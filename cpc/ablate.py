@@ -41,9 +41,10 @@ from contrastive_core.evaluate.report import LabelledFeatures
 from contrastive_core.optim import square_root_scaling
 from contrastive_core.plots import format_table, save_figure
 from contrastive_core.run_log import read_metrics
+from cpc.encoder_card import read_card
 from cpc.entry import build, check_complete, command, config_search, start_accelerator, wants_traceback
 from cpc.evaluate import extract, labelled
-from cpc.features import load_encoder, load_head, read_card
+from cpc.features import load_encoder, load_head
 from cpc.pretrain import pretrain
 from cpc.run import check_numbers, plain
 from cpc.run_folder import check_folder

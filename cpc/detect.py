@@ -26,8 +26,9 @@ from contrastive_core.optim import parameter_groups
 from contrastive_core.reading import read_yaml
 from contrastive_core.run_log import RunLog
 from cpc.detection import detector, evaluate, find, fit
+from cpc.encoder_card import read_card
 from cpc.entry import build, build_schedule, check_complete, command, start_accelerator
-from cpc.features import read_card, read_encoder, untrained_encoder
+from cpc.features import read_encoder, untrained_encoder
 from cpc.run_folder import check_no_file, default_run_dir
 
 SHOWN = 8

@@ -18,8 +18,9 @@ from torch import nn
 from contrastive_core.data import ImageDataset, LabelSplit, Splits, only_labelled
 from contrastive_core.methods.classifier import Classifier
 from contrastive_core.methods.distill import Distill
+from cpc.encoder_card import classifier_card, read_card
 from cpc.entry import build, command
-from cpc.features import classifier_card, read_card, read_classifier, read_encoder
+from cpc.features import read_classifier, read_encoder
 from cpc.finetune import (
     WHICH_LABELS,
     architecture_node,

@@ -20,8 +20,9 @@ from contrastive_core.evaluate.features import extract_features, pool_grid
 from contrastive_core.evaluate.linear import paper_linear_probe
 from contrastive_core.evaluate.report import LabelledFeatures, probe_rows
 from contrastive_core.plots import format_table
+from cpc.encoder_card import read_card
 from cpc.entry import build, check_complete, command, start_accelerator
-from cpc.features import MODES, FrozenEncoder, load_encoder, read_card, untrained_encoder
+from cpc.features import MODES, FrozenEncoder, load_encoder, untrained_encoder
 from cpc.foreign import run_data
 
 

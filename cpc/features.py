@@ -1,12 +1,12 @@
-"""An encoder as its users want it: images in [0, 1] in, features out; and how it is written down and read back.
+"""An encoder as its users want it, images in [0, 1] in, features out, read back from a run's folder.
 
-Patch geometry and normalisation travel with the weights in `encoder.json`, so that nobody has to remember them.
+Patch geometry and normalisation travel with the weights in `encoder.json` (`cpc.encoder_card`), so that nobody has to
+remember them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,28 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as vision
 
-import contrastive_core.encoders
-import contrastive_core.simclr_resnet
-import cpc.encoders
 from contrastive_core.heads import ProjectionHead
 from contrastive_core.methods.classifier import Classifier
-from contrastive_core.reading import read_json
 from cpc.context import ContextNetwork, Contexts
-from cpc.foreign import check_plain
+from cpc.encoder_card import LARGEST_DEPTH, MISFITS, build_encoder, check_bounds, parts_of, read_card
 from cpc.patches import extract_patches, grid_side
 from cpc.views import normalise
-
-LARGEST_ARGUMENT = 100_000
-"""Of widths and sizes that a file may ask of a module, which is built before it is held to its weights."""
-
-LARGEST_DEPTH = 1000
-"""Of blocks and layers in all, and the longest list: building takes time even where it takes no memory."""
-
-LARGEST_CARD = 1 << 24
-"""Bytes of an encoder.json: it may name 100,000 classes."""
-
-_MISFITS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError, AssertionError)
-"""What constructors raise for arguments that they do not take, ours and other libraries'."""
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -138,55 +122,6 @@ class FrozenEncoder(nn.Module):
         return vision.center_crop(images, [self.image_size, self.image_size])
 
 
-# where a trunk's first weights came from: the file's own take their place, so nothing is fetched
-_FIRST_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
-
-
-def constructors() -> dict[str, Callable[..., nn.Module]]:
-    """The encoders that an `encoder.json` may name: no other code is ever called on a file's say-so."""
-    modules = (cpc.encoders, contrastive_core.encoders, contrastive_core.simclr_resnet)
-    return {f"{module.__name__}.{name}": getattr(module, name) for module in modules for name in module.ENCODERS}
-
-
-def known_architecture(architecture: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of one of our constructors and plain arguments for it, from a card; ValueError for anything else."""
-    name, known = architecture["name"], constructors()
-    if name not in known:
-        raise ValueError(
-            f"encoder {name!r} is not one of {', '.join(sorted(known))}: "
-            f"pass load_encoder(path, encoder=MODULE) with a module of that architecture"
-        )
-    arguments = {key: value for key, value in architecture["arguments"].items() if key not in _FIRST_WEIGHTS}
-    _check_bounds(arguments)
-    if ":" in str(arguments.get("name", "")):  # to timm "hf-hub:USER/NAME" and "local-dir:PATH" are places to read from
-        raise ValueError(f"encoder.json names the trunk {arguments['name']!r}: pass one of its library's own names")
-    return name, arguments
-
-
-def _check_bounds(arguments: dict[str, Any]) -> None:
-    """Raise ValueError for arguments of a card that are not plain, or such that nothing real is built of them."""
-    check_plain(arguments, "encoder.json")
-    for name, value in arguments.items():
-        numbers = [abs(number) for number in _flat([value]) if isinstance(number, int | float)]
-        if max(numbers, default=0) > LARGEST_ARGUMENT:
-            raise ValueError(f"encoder.json says {max(numbers):.3g} where nothing has more than {LARGEST_ARGUMENT}")
-        deep = name in ("blocks", "layers", "depth", "depths") and sum(numbers) > LARGEST_DEPTH
-        if deep or len(numbers) > LARGEST_DEPTH:
-            raise ValueError(f"encoder.json's {name} is beyond {LARGEST_DEPTH}, which nothing has in all")
-
-
-def build_encoder(architecture: dict[str, Any]) -> nn.Module:
-    """The encoder of a card's `architecture`: {"name": "cpc.encoders.resnet_small", "arguments": {"width": 32}}.
-
-    Raises ValueError for a constructor that is not ours or arguments that are not its.
-    """
-    name, arguments = known_architecture(architecture)
-    try:
-        return constructors()[name](**arguments)
-    except _MISFITS as error:
-        raise ValueError(f"{name} does not take what encoder.json gives it: {error}") from error
-
-
 def load_encoder(
     path: str | Path, *, readout: str = "mean", mode: str | None = None, encoder: nn.Module | None = None
 ) -> FrozenEncoder:
@@ -235,57 +170,6 @@ def untrained_encoder(
         encoder = build_encoder(card["architecture"])
         context = build_contexts(card) if readout == "context" else None
     return _frozen(encoder, card, readout, mode, context)
-
-
-def read_card(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The path of the weights and the parsed card, of a run's folder or of its `encoder.safetensors`.
-
-    Raises FileNotFoundError where one is missing, ValueError for a card that cannot be read or is none.
-    """
-    weights = Path(path) / "encoder.safetensors" if Path(path).is_dir() else Path(path)
-    card = weights.with_suffix(".json")
-    for file in (weights, card):
-        if not file.is_file() or weights.suffix != ".safetensors":
-            raise FileNotFoundError(
-                f"no {file.name} in {file.parent}: pass the folder of a finished run, or its encoder.safetensors"
-            )
-    parsed: dict[str, Any] = read_json(card, largest=LARGEST_CARD)
-    try:
-        described = isinstance(parsed["architecture"]["name"], str)
-        described &= isinstance(parsed["architecture"]["arguments"], dict)
-        described &= _is_input(**parsed["input"])
-    except (LookupError, TypeError, AttributeError, OverflowError):
-        described = False
-    if not described:
-        raise ValueError(
-            f"{card} is not an encoder's card: it holds no architecture {{name, arguments}} and input "
-            f"{{image_size, mean, std}}"
-        )
-    return weights, parsed
-
-
-def _is_input(
-    image_size: Any, mean: Any, std: Any, load_size: Any = None, patch_size: Any = None, stride: Any = None
-) -> bool:
-    """Whether these are pixels and colours; TypeError for names that are none of an input's."""
-    if not patch_size:  # null: an encoder of whole images
-        patch_size = stride = image_size
-    pixels = all(type(size) is int for size in (image_size, load_size or image_size, patch_size, stride))
-    colours = all(isinstance(each, list) and len(each) == 3 for each in (mean, std))
-    return (
-        pixels
-        and colours
-        and all(isinstance(number, int | float) and math.isfinite(number) for number in (*mean, *std))
-        and 0 < patch_size <= image_size <= LARGEST_ARGUMENT
-        and 0 < stride <= image_size
-        and 0 < (load_size or image_size) <= LARGEST_ARGUMENT
-        and min(std) > 0
-    )
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        yield from _flat(value) if isinstance(value, list) else [value]
 
 
 def _load_weights_(module: nn.Module, weights: Path, kind: str) -> None:
@@ -342,40 +226,6 @@ def _frozen(
 # ---- what stands beside an encoder: the head that pre-training had, the classifier that fine-tuning left ----
 
 
-def parts_of(method: nn.Module) -> dict[str, nn.Module]:
-    """What a run keeps beside its encoder, by the name of its file; perhaps nothing.
-
-    "head" is a `ProjectionHead`; "context" the `ContextNetwork`s of CPC; "classifier" what a `Classifier` has
-    above its encoder, of `Distill` the student's.
-    """
-    learner = getattr(method, "student", method)
-    if isinstance(learner, Classifier):
-        return {"classifier": nn.ModuleDict({"head": learner.head, "classifier": learner.classifier})}
-    head, contexts = getattr(learner, "head", None), getattr(learner, "contexts", None)
-    if isinstance(contexts, nn.ModuleDict) and all(isinstance(each, ContextNetwork) for each in contexts.values()):
-        return {"context": contexts}
-    return {"head": head} if isinstance(head, ProjectionHead) else {}
-
-
-def parts_card(method: nn.Module, class_names: Sequence[str]) -> dict[str, Any]:
-    """What `encoder.json` says of `parts_of(method)`; a classifier that keeps layers of a head: `classifier_card`."""
-    parts = parts_of(method)
-    if "classifier" in parts:
-        return classifier_card(class_names) if isinstance(parts["classifier"].head, nn.Identity) else {}
-    if "context" in parts:
-        networks = {name: network.arguments for name, network in parts["context"].named_children()}
-        context_of: Any = method.context_of
-        return {"context": {"networks": networks, "context_of": dict(context_of)}}
-    return {name: head.arguments for name, head in parts.items()}
-
-
-def classifier_card(
-    class_names: Sequence[str], head: dict[str, Any] | None = None, head_layer: int = 0
-) -> dict[str, Any]:
-    """What `encoder.json` says of a classifier on the first `head_layer` layers of a head with these arguments."""
-    return {"classifier": {"class_names": list(class_names), "head": head, "head_layer": head_layer}}
-
-
 def load_head(path: str | Path) -> ProjectionHead:
     """Read the projection head of a run's pre-training back, features `b d` -> projections `b out`, in train mode.
 
@@ -403,10 +253,10 @@ def build_contexts(card: dict[str, Any]) -> Contexts:
         if len(described["networks"]) > LARGEST_DEPTH:
             raise ValueError(f"{len(described['networks'])} networks")
         for arguments in described["networks"].values():
-            _check_bounds(arguments)
+            check_bounds(arguments)
         networks = {name: ContextNetwork(**arguments) for name, arguments in described["networks"].items()}
         return Contexts(nn.ModuleDict(networks), {d: str(described["context_of"][d]) for d in described["context_of"]})
-    except _MISFITS as error:
+    except MISFITS as error:
         raise ValueError(f"encoder.json describes context networks that cannot be built: {error!r}") from error
 
 
@@ -448,7 +298,7 @@ def _build_classifier(encoder: nn.Module, described: dict[str, Any]) -> Classifi
     try:
         kept = _build_head(described["head"]).upto(described["head_layer"]) if described["head"] else None
         return Classifier(encoder, classes=len(described["class_names"]), head=kept)
-    except _MISFITS as error:
+    except MISFITS as error:
         raise ValueError(f"encoder.json describes a classifier that cannot be built: {error!r}") from error
 
 
@@ -488,7 +338,7 @@ class FrozenClassifier(nn.Module):
 
 def _build_head(arguments: dict[str, Any]) -> ProjectionHead:
     try:
-        _check_bounds(arguments)
+        check_bounds(arguments)
         return ProjectionHead(**arguments)
-    except _MISFITS as error:
+    except MISFITS as error:
         raise ValueError(f"the card's head is no ProjectionHead's: {error}") from None

@@ -31,16 +31,9 @@ from contrastive_core.data import (
 )
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.methods.classifier import Classifier
+from cpc.encoder_card import classifier_card, known_architecture, read_card
 from cpc.entry import build, command, start_accelerator
-from cpc.features import (
-    FrozenClassifier,
-    classifier_card,
-    known_architecture,
-    load_classifier,
-    load_head,
-    read_card,
-    read_encoder,
-)
+from cpc.features import FrozenClassifier, load_classifier, load_head, read_encoder
 from cpc.foreign import check_plain, run_config, run_data
 from cpc.pretrain import PretrainSchema, encoder_card
 from cpc.run import Pieces, check_recipe, train_run

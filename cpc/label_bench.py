@@ -28,14 +28,13 @@ from contrastive_core.data import (
 )
 from contrastive_core.evaluate.selection import LabelProtocol, Rows, choose_setting
 from contrastive_core.methods.classifier import Classifier
+from cpc.encoder_card import build_encoder, read_card
 from cpc.features import (
     FrozenClassifier,
     FrozenEncoder,
     build_contexts,
-    build_encoder,
     load_encoder,
     load_head,
-    read_card,
     read_encoder,
     untrained_encoder,
 )

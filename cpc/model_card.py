@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from contrastive_core.reading import read_json
-from cpc.features import read_card
+from cpc.encoder_card import read_card
 from cpc.foreign import run_config
 
 PAPERS = {
@@ -39,7 +39,7 @@ def about_run(path: str | Path) -> dict[str, Any]:
 
     Args: `path`: as `cpc.load_encoder`'s. A folder that `cpc.hub` wrote says it in its card.
 
-    Raises as `cpc.features.read_card`, and ValueError for a config.yaml or evaluation.json that cannot be read.
+    Raises as `cpc.encoder_card.read_card`, and ValueError for a config.yaml or evaluation.json that cannot be read.
     """
     weights, card = read_card(path)
     if isinstance(card.get("about"), dict):
@@ -114,7 +114,7 @@ def model_card(
     """The README.md of a published model, with its front matter.
 
     Args:
-        card: of the encoder (`cpc.features.read_card`).
+        card: of the encoder (`cpc.encoder_card.read_card`).
         about: `about_run`'s.
         code: Python that loads it, run in the folder where the page is.
         library: what the code needs, e.g. "timm".

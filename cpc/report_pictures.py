@@ -18,7 +18,8 @@ from contrastive_core.metrics import contrast_hits
 from contrastive_core.plots import BLUE, INK, new_figure, plot_retrieval, save_figure
 from contrastive_core.randomness import Randomness
 from cpc.context import turn, turn_back
-from cpc.features import load_encoder, read_card
+from cpc.encoder_card import read_card
+from cpc.features import load_encoder
 from cpc.method import CPC
 from cpc.patches import extract_patches
 from cpc.prediction import positive_cells

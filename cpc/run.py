@@ -33,8 +33,9 @@ from contrastive_core.run_log import RunLog, read_metrics
 from contrastive_core.sharding import copy_whole_, shard_
 from contrastive_core.trackers import check_trackers
 from contrastive_core.training import StepResult, train_steps
+from cpc.encoder_card import parts_card, parts_of
 from cpc.entry import build, build_schedule, check_complete, run_name, start_accelerator
-from cpc.features import FrozenEncoder, parts_card, parts_of
+from cpc.features import FrozenEncoder
 from cpc.interruption import Stopped, StopRequest
 from cpc.run_folder import check_folder, checkpoint_to_resume, choose_run_dir, claimed, saved_checkpoints
 from cpc.run_watch import OnlineProbe, RunWatch

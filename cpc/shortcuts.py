@@ -22,9 +22,9 @@ from contrastive_core.data import ImageDataset, Splits
 from contrastive_core.method import Batch
 from contrastive_core.plots import format_table
 from contrastive_core.reading import read_json
+from cpc.encoder_card import read_card
 from cpc.entry import command, start_accelerator
 from cpc.evaluate import load_splits
-from cpc.features import read_card
 from cpc.foreign import run_config
 from cpc.method import CPC
 from cpc.report_pictures import some

@@ -27,9 +27,10 @@ from torch import Tensor
 from contrastive_core.data import LabelAmount, sample_ids
 from contrastive_core.evaluate.selection import LabelProtocol, Rows, selection_parts, whole_trials
 from contrastive_core.reading import read_json
+from cpc.encoder_card import read_card
 from cpc.entry import build, check_complete, command, start_accelerator, wants_traceback
 from cpc.evaluate import labelled
-from cpc.features import MODES, read_card
+from cpc.features import MODES
 from cpc.finetune import run_augmentation
 from cpc.foreign import run_config, run_data
 from cpc.label_bench import (

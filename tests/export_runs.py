@@ -12,7 +12,7 @@ import yaml
 
 from contrastive_core.checkpoint import export_encoder
 from cpc.context import ContextNetwork
-from cpc.features import build_encoder, parts_card, parts_of
+from cpc.encoder_card import build_encoder, parts_card, parts_of
 from cpc.method import CPC
 
 NORMALISED = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.5]}

@@ -12,8 +12,9 @@ from contrastive_core import encoders
 from contrastive_core.checkpoint import export_encoder
 from contrastive_core.encoders import ENCODERS, MoCoViT, SmallCNN, TimmTrunk, TorchvisionTrunk, sincos_positions
 from contrastive_core.simclr_resnet import Bottleneck, PairMean, SelectiveKernel, SimCLRResNet, simclr_resnet
+from cpc.encoder_card import build_encoder
 from cpc.encoders import ChannelNorm, PatchResNet, normalisation, resnet50, resnet101_v1, resnet161, resnet_small
-from cpc.features import build_encoder, load_encoder, untrained_encoder
+from cpc.features import load_encoder, untrained_encoder
 from cpc.views import normalise
 
 torch.manual_seed(0)

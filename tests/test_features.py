@@ -11,16 +11,9 @@ import cpc
 from contrastive_core.checkpoint import export_encoder
 from contrastive_core.encoders import TorchvisionTrunk
 from cpc.context import ContextNetwork
+from cpc.encoder_card import build_encoder, constructors, parts_card, parts_of
 from cpc.encoders import resnet_small
-from cpc.features import (
-    FrozenEncoder,
-    build_encoder,
-    constructors,
-    load_encoder,
-    parts_card,
-    parts_of,
-    untrained_encoder,
-)
+from cpc.features import FrozenEncoder, load_encoder, untrained_encoder
 from cpc.method import CPC
 from cpc.patches import extract_patches
 from cpc.views import normalise

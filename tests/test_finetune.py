@@ -16,7 +16,8 @@ from contrastive_core.data import ImageDataset, Splits, mnist5k
 from contrastive_core.heads import ProjectionHead
 from contrastive_core.run_log import read_metrics
 from cpc.configs import config_folder
-from cpc.features import build_encoder, load_classifier, load_encoder, load_head, read_classifier, read_encoder
+from cpc.encoder_card import build_encoder
+from cpc.features import load_classifier, load_encoder, load_head, read_classifier, read_encoder
 from cpc.finetune import (
     accuracy_of,
     build_classifier,

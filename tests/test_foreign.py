@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from cpc.distill import settle_ as settle_distillation
+from cpc.encoder_card import build_encoder, read_card
 from cpc.evaluate import evaluate
-from cpc.features import build_encoder, read_card
 from cpc.finetune import settle_
 from cpc.foreign import check_plain, is_plain, run_config, run_data
 from cpc.pretrain import pretrain

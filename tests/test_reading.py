@@ -12,8 +12,9 @@ from contrastive_core.heads import ProjectionHead
 from contrastive_core.methods.classifier import Classifier
 from contrastive_core.reading import DEEPEST, LARGEST, read_json, read_yaml
 from cpc.context import ContextNetwork
+from cpc.encoder_card import parts_of
 from cpc.encoders import resnet_small
-from cpc.features import load_classifier, load_contexts, load_encoder, load_head, parts_of
+from cpc.features import load_classifier, load_contexts, load_encoder, load_head
 
 BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]\n" for i in range(1, 40))
 
