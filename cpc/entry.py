@@ -215,7 +215,7 @@ def way_out(error: Exception) -> str:
     """What to do about an error that torch raises for want of memory or of another process; "" = it is none of them."""
     if out_of_memory(error):
         return "out of memory: pass a smaller batch_size, accumulate=N, recompute=true or precision=bf16"
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker (pid" in str(error):
         return "a process that decodes images was ended from outside, as for want of memory: pass fewer workers"
     # gloo names its source file in what it says, but to those who wait for something else where one wait has timed out
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "pair closure" in str(error):

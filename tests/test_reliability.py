@@ -314,6 +314,8 @@ contrastive_core.data.images.UndecodableImage: a.png: empty; nor can the 9 image
     assert capsys.readouterr().err == "error: a.png: empty; nor can the 9 images after it be decoded\n"
     killed = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
     assert way_out(killed).endswith("pass fewer workers")
+    ours = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: a mistake of ours")
+    assert way_out(ours) == ""
 
 
 def test_an_interrupt_before_a_run_listens_is_no_traceback(call_tool, capsys):

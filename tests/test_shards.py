@@ -37,6 +37,7 @@ from contrastive_core.data import (
     webdataset,
 )
 from contrastive_core.data import shards as shards_module
+from contrastive_core.data.images import class_numbers
 from contrastive_core.data.loading import Shards
 
 
@@ -478,6 +479,18 @@ def test_of_files_of_one_name_the_last_counts(tmp_path, caplog):
     dataset = webdataset(repeated(tmp_path / "a.tar", files), size=8).train
     assert (values(dataset), dataset.labels.tolist()) == ([2, 10], [1, -1])
     assert "a.tar: 6 images are passed over, whose names up to the first dot are those of others, or lo" in caplog.text
+
+
+@pytest.mark.parametrize("label", [b"1700000000", b"99999999999999999999999", b"cat"])
+def test_a_label_that_is_no_class_is_named_with_its_shard(tmp_path, label):
+    shard = members(tmp_path / "a.tar", {"1.png": png(1), "1.cls": label})
+    with pytest.raises(ValueError, match=r"a\.tar.*: number the classes from 0"):
+        webdataset(shard, size=8)
+
+
+def test_a_million_images_may_be_a_million_classes():
+    assert shards_module._label(b"999999", "a.tar", "1") == 999_999
+    assert len(class_numbers(999_999, 1_000_000, "a.tar")) == 1_000_000
 
 
 def test_a_shard_named_twice_is_refused(folder):

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from contrastive_core.data.images import LARGEST_LABEL, ImageDataset, Stored, class_numbers
+from contrastive_core.data.images import ImageDataset, Stored, class_numbers
 from contrastive_core.data.shard_files import RangeReader, fetched, find_shards, is_remote, opened, state_of
 from contrastive_core.data.sources import EXTENSIONS, Splits, StrPath, cached_splits
 
@@ -227,8 +227,8 @@ def _label(text: bytes, file: str, key: str) -> int:
     try:
         label = int(text)
     except ValueError:
-        label = LARGEST_LABEL + 1
-    if abs(label) > LARGEST_LABEL:
+        label = 1 << 63
+    if not -(1 << 63) <= label < 1 << 63:
         raise ValueError(f"{file}: the label of {key} is {text[:20]!r}: number the classes from 0")
     return label
 
