@@ -96,7 +96,10 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int, shards: Sha
 
 
 def check_shares(batch_size: int, world: int, accumulate: int) -> None:
-    """Raise ValueError where a batch cannot be shared out evenly over so many processes and micro-batches."""
+    """Raise ValueError where a batch cannot be shared out evenly over `world` processes x `accumulate` micro-batches.
+
+    Example: `check_shares(64, 4, 2)` is None, eight images each; 60 are refused.
+    """
     if batch_size % (world * accumulate):
         raise ValueError(
             f"batch_size {batch_size} does not split evenly over {world} processes x {accumulate} micro-batches: "
