@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,23 +107,30 @@ class SmallCNN(nn.Module):
 
     Args:
         widths: channels; the last is `dim`.
+        stem: "small", the first convolution as the others, or "imagenet", 7x7 with stride 2 and a 3x3 max-pool with
+            stride 2 behind it: for photographs of 64 px and more.
 
-    Raises ValueError for no widths.
+    Raises ValueError for no widths, and a stem of another name.
 
-    Example: the usual one makes a 4 x 4 map of 32 px, and its `dim` is 128.
+    Example: the usual one makes a 4 x 4 map of 32 px, and its `dim` is 128; with stem="imagenet" a 3 x 3 map of 96 px.
     """
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 128, 128)) -> None:
+    def __init__(self, widths: Sequence[int] = (32, 64, 128, 128), stem: str = "small") -> None:
         super().__init__()
         if not widths:
             raise ValueError("widths=[]: pass the channels of one convolution or more")
-        layers: list[nn.Module] = []
-        inner = 3
-        for place, outer in enumerate(widths):
+        if stem not in ("imagenet", "small"):
+            raise ValueError(f'stem={stem!r}: pass "imagenet" or "small"')
+        large = stem == "imagenet"
+        first = nn.Conv2d(
+            3, widths[0], 7 if large else 3, stride=2 if large else 1, padding=3 if large else 1, bias=False
+        )
+        layers: list[nn.Module] = [first, nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        layers += [nn.MaxPool2d(3, stride=2, padding=1)] if large else []
+        for inner, outer in pairwise(widths):
             layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] if place else []
-            inner = outer
-        self.layers, self.dim = nn.Sequential(*layers), inner
+            layers.append(nn.MaxPool2d(2))
+        self.layers, self.dim = nn.Sequential(*layers), widths[-1]
 
     def feature_map(self, images: Tensor) -> Tensor:
         """`b 3 h w` -> `b d h' w'`."""

@@ -90,4 +90,5 @@ def _arrow(axes: Axes, arrow: SavingArrow, colour: str) -> None:
         ha="center",
         fontsize=8,
         color=colour,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},  # a curve may pass behind it
     )

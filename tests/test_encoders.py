@@ -584,6 +584,21 @@ def test_small_cnns_halve_behind_every_convolution_but_the_first(widths, pixels,
     ]
 
 
+def test_a_small_cnn_for_photographs_begins_as_resnets_do():
+    encoder = SmallCNN([8, 16, 32], stem="imagenet")
+    assert encoder.feature_map(torch.rand(2, 3, 96, 64)).shape == (2, 32, 6, 4)
+    first, pool = encoder.layers[0], encoder.layers[3]
+    reference = torchvision_resnet50()
+    assert str(first) == str(reference.conv1).replace("64", "8")
+    assert str(pool) == str(reference.maxpool)
+    assert len(convolutions(encoder)) == 3
+
+
+def test_a_small_cnn_of_an_unknown_stem_is_refused():
+    with pytest.raises(ValueError, match=r"^stem='large': pass \"imagenet\" or \"small\"$"):
+        SmallCNN([8], stem="large")
+
+
 def test_a_small_cnns_features_are_the_mean_of_its_map():
     encoder, images = SmallCNN().eval(), torch.rand(2, 3, 32, 24)
     torch.testing.assert_close(encoder(images), encoder.feature_map(images).mean((2, 3)))
@@ -616,7 +631,7 @@ ROUND_TRIPS = {
     "contrastive_core.simclr_resnet.SimCLRResNet": {"blocks": [1, 1], "filters": 8, "sk": True, "stem": "cifar"},
     "contrastive_core.encoders.TorchvisionTrunk": {"name": "resnet18", "node": "layer2", "small_stem": True},
     "contrastive_core.encoders.MoCoViT": {"image_size": 16, "patch_size": 4, "dim": 24, "depth": 1, "heads": 3},
-    "contrastive_core.encoders.SmallCNN": {"widths": [4, 8]},
+    "contrastive_core.encoders.SmallCNN": {"widths": [4, 8], "stem": "imagenet"},
 }
 
 
