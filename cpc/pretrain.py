@@ -17,7 +17,7 @@ from torch import nn
 from contrastive_core.data import ImageDataset
 from contrastive_core.method import Method
 from contrastive_core.randomness import Randomness
-from cpc.entry import build, command
+from cpc.entry import build, command, out_of_memory
 from cpc.method import CPC
 from cpc.negatives import count_negatives
 from cpc.prediction import check_offsets
@@ -124,11 +124,30 @@ def check_batch(cfg: DictConfig, method: Method, views: nn.Module) -> None:
         count_negatives(method.negatives, method.negatives_k, contrasted, views.grid**2)
 
 
+def check_reads(cfg: DictConfig, encoder: nn.Module) -> None:
+    """Raise ValueError for an encoder that makes nothing of images, or patches, of the size that it will be given."""
+    size = cfg.image_size if cfg.patch is None else cfg.patch.size
+    training = encoder.training
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, and timm's for a size of its own
+        if out_of_memory(error):
+            raise
+        key = "image_size" if cfg.patch is None else "patch.size"
+        raise ValueError(
+            f"{cfg.encoder._target_} does not read {size} px ({error}): pass another {key}, or another encoder"
+        ) from error
+    finally:
+        encoder.train(training)
+
+
 def pretrain(cfg: DictConfig) -> Path:
     """Run one configuration to its end; returns the run's folder."""
 
     def pieces() -> Pieces:
         method, views = build_method(cfg)
+        check_reads(cfg, method.encoder)
         check_batch(cfg, method, views)
         dataset: ImageDataset = build(cfg.data).train
         if {"images", "classes"} & set(cfg.method):
