@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import DualGraphModule
 
@@ -27,6 +28,7 @@ from contrastive_core.evaluate.knn import knn_accuracy, knn_predictions
 from contrastive_core.evaluate.linear import (
     few_label_accuracy,
     folds_of,
+    in_row_space,
     linear_probe,
     paper_linear_probe,
     standardise,
@@ -279,6 +281,38 @@ def test_a_loss_too_flat_for_float32_is_no_fault(seed: int, rows: int, dim: int,
     features = (features + offset + torch.randn(rows, dim, generator=generator) * noise).relu()
     labels = torch.arange(rows) % 10
     assert 0 <= linear_probe(features, labels, features, labels).accuracy <= 1
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(12, 300), (40, 300), (40, 41), (300, 40)])
+def test_fewer_coordinates_give_the_same_probabilities(rows: int, dim: int) -> None:
+    """Against scikit-learn on all features, in float64 and to the end of its tolerance."""
+    generator = torch.Generator().manual_seed(rows)
+    labels = torch.arange(rows) % 4
+    centres = torch.randn(4, dim, generator=generator)
+    train, test = (
+        standardise(*(centres[labels] * 0.3 + torch.randn(rows, dim, generator=generator) for _ in range(2)))
+    )  # fmt: skip
+    model = LogisticRegression(C=0.1, max_iter=10_000, tol=1e-10).fit(train.astype(np.float64), labels)
+    fewer, fewer_test = in_row_space(train, test)
+    assert fewer.shape == (rows, min(rows, dim))
+    np.testing.assert_allclose(fewer @ fewer.T, train @ train.T, atol=1e-3 * dim)
+    reduced = LogisticRegression(C=0.1, max_iter=10_000, tol=1e-10).fit(fewer.astype(np.float64), labels)
+    np.testing.assert_allclose(reduced.predict_proba(fewer_test), model.predict_proba(test), atol=1e-5)
+    probe = linear_probe(*(torch.from_numpy(train), labels, torch.from_numpy(test), labels), regularisations=[10.0])
+    assert (probe.predictions.numpy() == model.predict(test)).mean() > 0.97
+
+
+def test_the_row_space_of_one_row() -> None:
+    train, test = in_row_space(np.array([[3.0, 4.0]]), np.array([[4.0, -3.0], [6.0, 8.0]]))
+    np.testing.assert_allclose(np.abs(train), [[5.0]])
+    np.testing.assert_allclose(test / train, [[0.0], [2.0]], atol=1e-12)
+
+
+def test_one_label_in_each_of_many_classes_is_no_reason_for_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    features = torch.eye(30)
+    assert linear_probe(features, torch.arange(30), features, torch.arange(30)).accuracy == 1.0
+    assert svm_probe(features, torch.arange(30), features, torch.arange(30)).accuracy == 1.0
+    assert not [str(warning.message) for warning in recwarn]
 
 
 def test_noisy_labels_want_a_strong_regulariser_and_clean_ones_a_weak_one() -> None:

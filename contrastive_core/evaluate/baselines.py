@@ -5,13 +5,15 @@ Each classifier has the signature of `linear_probe` and chooses its settings by 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from contrastive_core.evaluate.linear import Probe, check_rows, folds_of, linear_probe, scored
+from contrastive_core.evaluate.linear import Probe, check_rows, few_rows_a_class, folds_of, linear_probe, scored
 
 RIDGE_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 11))
 SVM_COSTS = (1.0, 10.0, 100.0)
@@ -33,16 +35,17 @@ def svm_probe(
     scale = 1 / (train.shape[1] * max(float(train.var()), 1e-12))
     parts = folds_of(labels, folds, seed)
     settings = [(cost, width * scale) for cost in SVM_COSTS for width in SVM_WIDTHS]
+
+    def fitted(cost: float, gamma: float, rows: Any) -> Any:
+        with few_rows_a_class():
+            return SVC(C=cost, gamma=gamma).fit(train[rows], labels[rows])
+
     scores = [
-        np.mean(
-            [SVC(C=c, gamma=g).fit(train[fit], labels[fit]).score(train[held], labels[held]) for fit, held in parts]
-        )
-        if parts
-        else 0.0
-        for c, g in settings
+        np.mean([fitted(*setting, fit).score(train[held], labels[held]) for fit, held in parts]) if parts else 0.0
+        for setting in settings
     ]
     cost, gamma = settings[int(np.argmax(scores))] if parts else (10.0, scale)
-    model = SVC(C=cost, gamma=gamma).fit(train, labels)
+    model = fitted(cost, gamma, slice(None))
     return scored(model.predict(test_x.float().numpy()), test_y, 1 / cost)
 
 

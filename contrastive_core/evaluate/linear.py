@@ -8,8 +8,8 @@ by cross-validation on these, never on the test rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +82,7 @@ def linear_probe(
     check_rows(train_x, train_y, test_x, test_y)
     if not regularisations or min(regularisations) <= 0:
         raise ValueError(f"regularisations {list(regularisations)}: pass at least one, all above 0")
-    train, test = standardise(train_x, test_x, per_feature=per_feature)
+    train, test = in_row_space(*standardise(train_x, test_x, per_feature=per_feature))
     with _threads_for(train):
         regularisation = _choose(train, train_y.numpy(), sorted(regularisations, reverse=True), folds, seed)
         model = _fit(_logistic_regression(regularisation), train, train_y.numpy())
@@ -108,6 +108,22 @@ def standardise(train_x: Tensor, test_x: Tensor, *, per_feature: bool = True) ->
         deviation = np.full_like(deviation, np.sqrt(np.square(deviation).mean()))
     deviation[deviation <= 1e-6 * deviation.max()] = 1
     return (train - mean) / deviation, (test - mean) / deviation
+
+
+def in_row_space(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fewer features for the same fit: coordinates in the space that the training rows span, where they are fewer.
+
+    Args: `train`: `n d`; `test`: `m d`. Returns `n min(n, d)` and `m min(n, d)`.
+
+    A linear model with an L2 penalty has no weights outside that space, and the penalty does not mind a rotation: loss,
+    optimum and L-BFGS's every step are the same, with 100 labels and 2,560 features in a twenty-fifth of the numbers.
+
+    Example: one row (3, 4) becomes a number, 5 or -5, and a test row (4, -3) 0.
+    """
+    if len(train) >= train.shape[1]:
+        return train, test
+    basis, coordinates = np.linalg.qr(train.T)
+    return np.ascontiguousarray(coordinates.T), test @ basis
 
 
 def scored(predictions: np.ndarray, test_y: Tensor, regularisation: float) -> Probe:
@@ -184,17 +200,26 @@ def _logistic_regression(regularisation: float) -> Any:
     return LogisticRegression(C=1 / regularisation, max_iter=2000, warm_start=True)
 
 
+@contextmanager
+def few_rows_a_class() -> Iterator[None]:
+    """Without scikit-learn's warning that with one row a class `y` might be a regression's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
+        yield
+
+
 def _fit(model: Any, x: np.ndarray, y: np.ndarray) -> Any:
     """In float32, half the time; in float64 where that is too coarse for L-BFGS to see the loss fall any more."""
     from sklearn.exceptions import ConvergenceWarning
 
-    with warnings.catch_warnings():
+    with few_rows_a_class():
         warnings.simplefilter("error", ConvergenceWarning)
         try:
             return model.fit(x, y)
         except ConvergenceWarning:
             pass
-    return model.fit(x.astype(np.float64), y)
+        warnings.simplefilter("default", ConvergenceWarning)
+        return model.fit(x.astype(np.float64), y)
 
 
 def paper_linear_probe(
