@@ -89,8 +89,8 @@ STUDIES = {
     ),
     # A thread sees 43 and 26 images a second: forty minutes of two cores each. Everyone has one setting, fixed before:
     # the pre-trained arms' on digits and CIFAR-10, the CNN's, with its stem and its steps, on held-out training images
-    # of Caltech-101 itself (5 labels a class, of each class: 7 % with as many steps as both phases of fine-tuning and no
-    # stem, 17 % with four times as many, 21 % with a stem besides, 23 % with eight times as many).
+    # of Caltech-101 itself (5 labels a class: 7 % of them right, class by class, in both phases' steps without a stem,
+    # 17 % in four times as many, 21 % with a stem besides, 23 % in eight times as many).
     "caltech101": Study(
         runs={
             "cpc": [*CPC_RUN, *CALTECH, "patch={size: 24, stride: 12}", "precision=bf16", "steps=6400"],
