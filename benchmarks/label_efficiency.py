@@ -7,8 +7,9 @@
 
 Runs and cells are kept in --out (runs/label-NAME), and the same command goes on there; --parts does the first so many
 parts of a grid only. Writes benchmarks/label_efficiency/NAME.json, of a sweep also NAME.csv and NAME.png, part by part,
-and NAME-scratch.json.xz: the cells from scratch, hours of work that no run of ours has a part in. --recorded begins
-with those of them that are there.
+and NAME-cells.json.xz: every cell, with the test images that it gets right. --recorded begins with those from scratch
+that are there, hours of work that no run has a part in. --scratch begins with all of them and does nothing but what is
+left of those from scratch, without pre-training anything.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from record import ROOT, python, run_costed, write
 
-from contrastive_core.data import label_fraction, parquet, sample_ids
+from contrastive_core.data import label_fraction, mnist5k, parquet, sample_ids
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.evaluate.linear import linear_probe
 from contrastive_core.evaluate.selection import Rows
@@ -132,12 +134,14 @@ def side_by_side(commands: Sequence[list[str]], log: Path) -> None:
                 raise SystemExit(f"a command failed, see {output}; the same command goes on")
 
 
-def study(name: str, out: Path, data: list[str], shown: str, parts: int | None, recorded: bool) -> None:
-    """Pre-train what is missing, then the sweep, part by part."""
+def study(name: str, out: Path, files: Sequence[str], shown: str, asked: argparse.Namespace) -> None:
+    """Pre-train what is missing, then the sweep, part by part; `files` are the data's keys, `shown` the command."""
     out.mkdir(parents=True, exist_ok=True)
-    if recorded:
-        unpack_cells(name, out / "sweep" / "cells")
-    asked = STUDIES[name]
+    of_study = STUDIES[name]
+    truth = test_labels(name, asked)
+    goes_on = asked.recorded or asked.scratch
+    if goes_on:
+        unpack_cells(name, out / "sweep" / "cells", truth, only="" if asked.scratch else f"{SCRATCH}-")
     costs = out / "costs.json"
     took: dict[str, float] = json.loads(costs.read_text()) if costs.is_file() else {}
 
@@ -147,43 +151,79 @@ def study(name: str, out: Path, data: list[str], shown: str, parts: int | None, 
         took[what] = round(took.get(what, 0.0) + time.perf_counter() - began, 1)
         costs.write_text(json.dumps(took))
 
-    missing = {run: command for run, command in asked.runs.items() if not (out / run / "encoder.json").is_file()}
-    timed("pretraining", [python(*command, *data, f"run_dir={out / run}") for run, command in missing.items()])
-    runs = ",".join(str(out / run) for run in asked.runs)
-    for place, part in enumerate(asked.parts[:parts]):
-        options = [f"runs=[{runs}]", f"out={out / 'sweep'}", "threads=1", *asked.sweep, *part, f"shards={SIDE_BY_SIDE}"]
-        sweep = [python("tools/sweep_labels.py", *options, f"shard={shard}") for shard in range(SIDE_BY_SIDE)]
-        timed(f"sweep {place}", sweep)
-        record(name, shown, out / "sweep", took)
+    wanted = of_study.runs
+    if asked.scratch:  # what is from scratch asks the first run for its card alone
+        first = next(iter(wanted))
+        wanted = {f"card/{first}": [*wanted[first], "steps=1"]}
+    missing = {run: command for run, command in wanted.items() if not (out / run / "encoder.json").is_file()}
+    timed("pretraining", [python(*command, *files, f"run_dir={out / run}") for run, command in missing.items()])
+    runs = ",".join(str(out / run) for run in wanted)
+    for place, part in enumerate(of_study.parts[: asked.parts]):
+        mine = from_scratch(part) if asked.scratch else part
+        if not mine:
+            continue
+        options = [f"runs=[{runs}]", f"out={out / 'sweep'}", "threads=1", *of_study.sweep, *mine]
+        shards = [[f"shards={SIDE_BY_SIDE}", f"shard={shard}"] for shard in range(SIDE_BY_SIDE)]
+        timed(f"sweep {place}", [python("tools/sweep_labels.py", *options, *shard) for shard in shards])
+        record(name, shown, out / "sweep", took, goes_on)
+        pack_cells(name, out / "sweep" / "cells", truth)
 
 
-def record(name: str, command: str, sweep: Path, seconds: dict[str, float]) -> None:
-    """Keep what a sweep has come to, without the paths of runs."""
+def from_scratch(part: list[str]) -> list[str]:
+    """The same part of a grid without what wants a run; empty where that leaves nothing."""
+    if "scratch=[]" in part:
+        return []
+    return [*(key for key in part if not key.startswith(("protocols=", "random="))), "protocols=[]", "random=[]"]
+
+
+def test_labels(name: str, asked: argparse.Namespace) -> torch.Tensor:
+    """The classes of a study's test images, `m` int64."""
+    splits = mnist5k() if name == "digits" else parquet(asked.train, asked.test, size=32)
+    assert splits.test is not None
+    return splits.test.labels
+
+
+def record(name: str, command: str, sweep: Path, seconds: dict[str, float], goes_on: bool) -> None:
+    """Keep what a sweep has come to, without the paths of runs.
+
+    goes_on: with cells that were recorded: which runs there were, what they took and how stays in the record.
+    """
     RESULTS.mkdir(exist_ok=True)
+    written = RESULTS / f"{name}.json"
+    before = json.loads(written.read_text()) if goes_on and written.is_file() else {}
     summary = json.loads((sweep / "summary.json").read_text())
     runs = {method: [Path(run).name for run in folders] for method, folders in summary["runs"].items()}
     kept = ("train_images", "test_images", "classes", "notes", "accuracies", "savings", "savings_per_class", "scratch")
-    results = {"runs": runs, "seconds": seconds} | {part: summary[part] for part in kept if part in summary}
-    write(name, command, results | {"splits": summary["splits"]}, folder=RESULTS)
+    results = {"how": before["how"]} if "how" in before else {}
+    results |= {"runs": before.get("runs", {}) | runs, "seconds": before.get("seconds", {}) | seconds}
+    results |= {part: summary[part] for part in kept if part in summary} | {"splits": summary["splits"]}
+    write(name, command, results, folder=RESULTS)
     for suffix in ("csv", "png"):
         shutil.copyfile(sweep / f"label_efficiency.{suffix}", RESULTS / f"{name}.{suffix}")
-    pack_cells(name, sweep / "cells")
 
 
-def pack_cells(name: str, cells: Path) -> None:
-    """Write the cells from scratch, by their path, into NAME-scratch.json.xz: four kilobytes of predictions each."""
-    files = sorted(cells.glob(f"{SCRATCH}-*/**/*.json"))
-    kept = {str(file.relative_to(cells)): json.loads(file.read_text()) for file in files}
-    (RESULTS / f"{name}-scratch.json.xz").write_bytes(lzma.compress(json.dumps(kept).encode()))
+def pack_cells(name: str, cells: Path, truth: torch.Tensor) -> None:
+    """Write all cells, by their path, into NAME-cells.json.xz: a bit a test image, which is all that a saving wants."""
+    kept = {}
+    for file in sorted(cells.glob("*/*/*.json")):
+        cell = json.loads(file.read_text())
+        right = torch.tensor(cell.pop("predictions")) == truth
+        kept[str(file.relative_to(cells))] = cell | {"right": np.packbits(right.numpy()).tobytes().hex()}
+    (RESULTS / f"{name}-cells.json.xz").write_bytes(lzma.compress(json.dumps(kept).encode()))
 
 
-def unpack_cells(name: str, cells: Path) -> None:
-    """Put what `pack_cells` wrote where a sweep finds it; it refuses cells that were made in another way than asked."""
-    packed = RESULTS / f"{name}-scratch.json.xz"
+def unpack_cells(name: str, cells: Path, truth: torch.Tensor, only: str) -> None:
+    """Put what `pack_cells` wrote where a sweep finds it; it refuses cells that were made in another way than asked.
+
+    only: the beginning of the paths of those that are wanted. A prediction that was wrong is -1 now.
+    """
+    packed = RESULTS / f"{name}-cells.json.xz"
     for place, cell in json.loads(lzma.decompress(packed.read_bytes())).items() if packed.is_file() else ():
-        if not (cells / place).is_file():
+        if place.startswith(only) and not (cells / place).is_file():
+            bits = np.frombuffer(bytes.fromhex(cell.pop("right")), np.uint8)
+            right = torch.from_numpy(np.unpackbits(bits, count=len(truth))).bool()
             (cells / place).parent.mkdir(parents=True, exist_ok=True)
-            (cells / place).write_text(json.dumps(cell) + "\n")
+            (cells / place).write_text(json.dumps(cell | {"predictions": truth.where(right, -1).tolist()}) + "\n")
 
 
 def cache(out: Path, train: Path, test: Path) -> None:
@@ -254,21 +294,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", type=int, help="only the first so many parts of the grid")
     parser.add_argument("--recorded", action="store_true", help="begin with the cells from scratch that are recorded")
-    arguments = parser.parse_args()
-    name, train, test = arguments.study, arguments.train, arguments.test
-    out = (arguments.out or Path(f"runs/label-{name}")).resolve()
-    command, how = f"python benchmarks/label_efficiency.py {name}", (arguments.parts, arguments.recorded)
+    parser.add_argument("--scratch", action="store_true", help="only cells from scratch, beside all that are recorded")
+    asked = parser.parse_args()
+    name = asked.study
+    out = (asked.out or Path(f"runs/label-{name}")).resolve()
+    command = f"python benchmarks/label_efficiency.py {name}"
     if name == "digits":
-        study(name, out, [], command, *how)
+        study(name, out, [], command, asked)
         return
-    if train is None or test is None:
+    if asked.train is None or asked.test is None:
         parser.error(f"{name} wants --train FILE and --test FILE")
-    train, test = train.resolve(), test.resolve()
+    train, test = asked.train.resolve(), asked.test.resolve()
     if name == "cache":
         cache(out, train, test)
     else:
         files = [f"data.train={train}", f"data.test={test}"]
-        study(name, out, files, f"{command} --train {train.name} --test {test.name}", *how)
+        study(name, out, files, f"{command} --train {train.name} --test {test.name}", asked)
 
 
 if __name__ == "__main__":
