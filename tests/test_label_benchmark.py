@@ -1,0 +1,87 @@
+"""What benchmarks/label_efficiency.py keeps of a sweep's cells, and goes on with."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("label_efficiency", BENCHMARKS / "label_efficiency.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "label_efficiency", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    module.RESULTS.mkdir()
+    return module
+
+
+def test_recorded_cells_are_right_where_they_were(benchmark, tmp_path):
+    truth = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0, 1, 1])
+    cells = {
+        "scratch-0/cnn/labels=3-seed0.json": {"accuracy": 0.5, "predictions": [0, 1, 2, 2, 1, 0, 2, 1, 0, 0, 1]},
+        "CPC-0/linear/labels=3-seed0.json": {"accuracy": 1.0, "predictions": truth.tolist()},
+    }
+    for place, cell in cells.items():
+        (tmp_path / "swept" / place).parent.mkdir(parents=True)
+        (tmp_path / "swept" / place).write_text(json.dumps(cell))
+    benchmark.pack_cells("digits", tmp_path / "swept", truth)
+
+    benchmark.unpack_cells("digits", tmp_path / "scratch", truth, only="scratch-")
+    assert [str(file.relative_to(tmp_path / "scratch")) for file in (tmp_path / "scratch").rglob("*.json")] == [
+        "scratch-0/cnn/labels=3-seed0.json"
+    ]
+    benchmark.unpack_cells("digits", tmp_path / "all", truth, only="")
+    for place, cell in cells.items():
+        read = json.loads((tmp_path / "all" / place).read_text())
+        assert read["accuracy"] == cell["accuracy"]
+        right = torch.tensor(read["predictions"]) == truth
+        assert torch.equal(right, torch.tensor(cell["predictions"]) == truth)
+
+
+def test_a_cell_that_is_there_stays_as_it_is(benchmark, tmp_path):
+    truth, place = torch.tensor([0, 1]), "scratch-0/cnn/labels=2-seed0.json"
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).write_text(json.dumps({"predictions": [1, 1]}))
+    benchmark.pack_cells("digits", tmp_path, truth)
+    benchmark.unpack_cells("digits", tmp_path, truth, only="")
+    assert json.loads((tmp_path / place).read_text()) == {"predictions": [1, 1]}
+
+
+def test_nothing_recorded_is_nothing_to_unpack(benchmark, tmp_path):
+    benchmark.unpack_cells("digits", tmp_path / "cells", torch.tensor([0]), only="")
+    assert not (tmp_path / "cells").exists()
+
+
+def test_the_part_of_a_grid_that_wants_no_run(benchmark):
+    part = ["labels=[20,40]", "scratch=[cnn]", "protocols=[linear]", "random=[linear]"]
+    assert benchmark.from_scratch(part) == ["labels=[20,40]", "scratch=[cnn]", "protocols=[]", "random=[]"]
+    assert benchmark.from_scratch(["labels=[20]", "scratch=[]", "protocols=[linear]", "random=[]"]) == []
+
+
+@pytest.mark.parametrize("name", ["cifar10", "caltech101"])
+def test_recorded_results_are_of_the_recorded_cells(name):
+    """Each number of labels, method and protocol of the table has as many cells as it says."""
+    import lzma
+
+    results = BENCHMARKS / "label_efficiency"
+    table = results / f"{name}.json"
+    if not table.is_file():
+        pytest.skip(f"{name} has not been measured")
+    packed = json.loads(lzma.decompress((results / f"{name}-cells.json.xz").read_bytes()))
+    for row in json.loads(table.read_text())["accuracies"]:
+        cells = [
+            cell
+            for cell in packed.values()
+            if (cell["method"], cell["protocol"], cell["labels"]) == (row["method"], row["protocol"], row["labels"])
+        ]
+        if cells or row["method"] == "scratch":  # CIFAR-10's runs were measured before their cells were kept
+            assert len(cells) == row["cells"]
+            assert sum(cell["accuracy"] for cell in cells) / len(cells) == pytest.approx(row["accuracy"])
