@@ -57,7 +57,7 @@ def label_figure(curves: Sequence[Curve], arrows: Sequence[SavingArrow] = ()) ->
     axes.set_xticks(counts, [f"{labels:,}" for labels in counts])
     axes.set_xticks([], minor=True)
     tidy_axes(axes, "labels", "test accuracy (%)")
-    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    axes.legend(frameon=False, labelcolor=INK, loc="best")
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -69,12 +70,8 @@ def test_the_part_of_a_grid_that_wants_no_run(benchmark):
 @pytest.mark.parametrize("name", ["cifar10", "caltech101"])
 def test_recorded_results_are_of_the_recorded_cells(name):
     """Each number of labels, method and protocol of the table has as many cells as it says."""
-    import lzma
-
     results = BENCHMARKS / "label_efficiency"
     table = results / f"{name}.json"
-    if not table.is_file():
-        pytest.skip(f"{name} has not been measured")
     packed = json.loads(lzma.decompress((results / f"{name}-cells.json.xz").read_bytes()))
     for row in json.loads(table.read_text())["accuracies"]:
         cells = [
