@@ -122,9 +122,8 @@ class SmallCNN(nn.Module):
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem={stem!r}: pass "imagenet" or "small"')
         large = stem == "imagenet"
-        first = nn.Conv2d(
-            3, widths[0], 7 if large else 3, stride=2 if large else 1, padding=3 if large else 1, bias=False
-        )
+        kernel, stride = (7, 2) if large else (3, 1)
+        first = nn.Conv2d(3, widths[0], kernel, stride, padding=kernel // 2, bias=False)
         layers: list[nn.Module] = [first, nn.BatchNorm2d(widths[0]), nn.ReLU()]
         layers += [nn.MaxPool2d(3, stride=2, padding=1)] if large else []
         for inner, outer in pairwise(widths):
