@@ -1,4 +1,4 @@
-"""Figure 2: CIFAR-10, a small encoder, 30 minutes on two cores.
+"""CIFAR-10, a small encoder, 30 minutes on two cores.
 
     python benchmarks/cifar10.py --train cifar10-train.parquet --test cifar10-test.parquet --run runs/cifar10
 

@@ -1,4 +1,4 @@
-"""Figure 1: what `make demo` takes and gives, on two cores.
+"""What `make demo` takes and gives, on two cores.
 
     python benchmarks/digits.py
 
@@ -13,11 +13,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from record import python, run_measured, write
+from record import python, run_measured, takes_no_arguments, write
 
 
 def main() -> None:
     """Run the demo, record it."""
+    takes_no_arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         seconds, peak = run_measured(python("tools/demo.py", f"run_dir={run_dir}"))

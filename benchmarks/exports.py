@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import ROOT, python, write
+from record import ROOT, python, takes_no_arguments, write
 
 from cpc.export import export_run
 from cpc.features import load_encoder
@@ -73,6 +73,7 @@ def rows_of(name: str, run: Path, formats: dict[str, list[str]], scratch: Path) 
 
 def main() -> None:
     """Pre-train, export, compare; write benchmarks/results/exports.json."""
+    takes_no_arguments(__doc__)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for place, (name, (command, formats)) in enumerate(RUNS.items()):

@@ -35,8 +35,8 @@ from contrastive_core.evaluate.linear import linear_probe
 from contrastive_core.evaluate.selection import Rows
 from cpc.entry import start_accelerator
 from cpc.features import load_encoder
+from cpc.label_curves import SCRATCH
 from cpc.label_protocols import FeatureTable
-from cpc.label_report import SCRATCH
 
 RESULTS = ROOT / "benchmarks" / "label_efficiency"
 SIDE_BY_SIDE = 2
@@ -193,7 +193,8 @@ def record(name: str, command: str, sweep: Path, seconds: dict[str, float], goes
     before = json.loads(written.read_text()) if goes_on and written.is_file() else {}
     summary = json.loads((sweep / "summary.json").read_text())
     runs = {method: [Path(run).name for run in folders] for method, folders in summary["runs"].items()}
-    kept = ("train_images", "test_images", "classes", "notes", "accuracies", "savings", "savings_per_class", "scratch")
+    kept = ("train_images", "test_images", "classes", "notes", "accuracies", "savings", "scratch")
+    kept += ("savings_per_class", "scratch_per_class")
     results = {"how": before["how"]} if "how" in before else {}
     results |= {"runs": before.get("runs", {}) | runs, "seconds": before.get("seconds", {}) | seconds}
     results |= {part: summary[part] for part in kept if part in summary} | {"splits": summary["splits"]}
@@ -227,7 +228,7 @@ def unpack_cells(name: str, cells: Path, truth: torch.Tensor, only: str) -> None
 
 
 def cache(out: Path, train: Path, test: Path) -> None:
-    """Figure 3: a linear sweep of 7 fractions x 5 seeds, features encoded once and again for every cell.
+    """A linear sweep of 7 fractions x 5 seeds, features encoded once and again for every cell.
 
     Once is taken twice before and twice after, since the machine's speed drifts.
     """

@@ -23,7 +23,7 @@ from typing import Any, cast
 import hydra
 import torch
 from omegaconf import DictConfig
-from record import ROOT, write
+from record import ROOT, takes_no_arguments, write
 from torch import Tensor, distributed, multiprocessing, nn
 
 from contrastive_core.batch_norm import globalize_batch_norm
@@ -162,6 +162,7 @@ def compared(folder: Path, name: str) -> Iterator[tuple[int, dict[str, float]]]:
 
 def main() -> None:
     """Run all, and write the table."""
+    takes_no_arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         for count in PROCESSES:
             multiprocessing.spawn(process, args=(count, free_port(), folder), nprocs=count)

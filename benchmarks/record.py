@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -37,6 +38,11 @@ def commit() -> str:
         ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return described.stdout.strip() or "unknown"
+
+
+def takes_no_arguments(about: str | None) -> None:
+    """Of a benchmark that has none: --help says what it does, and anything else is refused, before anything starts."""
+    argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 
 def write(name: str, command: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -1,4 +1,4 @@
-"""Figure 3: optimizer steps of the full paper recipe on a CPU: ResNet-161, 260 px, 36 patches of 80 px, bf16.
+"""Optimizer steps of the full paper recipe on a CPU: ResNet-161, 260 px, 36 patches of 80 px, bf16.
 
     python benchmarks/resnet161_step.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from record import launch, run_measured, write
+from record import launch, run_measured, takes_no_arguments, write
 
 STEPS = 3
 
@@ -29,6 +29,7 @@ def make_photographs(folder: Path, count: int) -> None:
 
 def main() -> None:
     """Run a few steps, record the last."""
+    takes_no_arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         make_photographs(Path(folder), 8)
         run_dir = Path(folder) / "run"

@@ -145,7 +145,7 @@ def our_step() -> tuple[nn.Module, Tensor]:
 
 
 def step(rounds: int) -> dict[str, Any]:
-    """Figure 1 of what was asked for: the step over its encoder, over its arithmetic, and the plain one over it."""
+    """The step over its encoder, over its arithmetic, and the plain one over it."""
     sides = steps_sides(*our_step()) | plain_sides()
     if machine()["bf16_flags"]:
         sides |= {f"{name}, bf16": in_bf16(side) for name, side in sides.items()}
@@ -220,7 +220,7 @@ def in_bf16(side: Callable[[int], Any]) -> Callable[[int], Any]:
 
 
 def encoder(rounds: int) -> dict[str, Any]:
-    """Figure 2: the encoder's operations a second over those of products of its convolutions' shapes."""
+    """The encoder's operations a second over those of products of its convolutions' shapes."""
     method, patches = our_step()
     net, flat = method.encoder, patches.flatten(0, 2)
     shapes = convolutions(net, flat)  # type: ignore[arg-type]
@@ -353,7 +353,7 @@ def kornias_patches() -> nn.Module:
 
 
 def patches(rounds: int) -> dict[str, Any]:
-    """Figure 3, its first half: 144 patches of 80 px, those of four images."""
+    """Augmentation: 144 patches of 80 px, those of four images."""
     given = torch.rand(4, 6, 6, 3, 80, 80, generator=torch.Generator().manual_seed(0))
     ours, theirs = patch_augment_v2(), kornias_patches()
     without = (
@@ -377,7 +377,7 @@ def patches(rounds: int) -> dict[str, Any]:
 
 
 def views(rounds: int) -> dict[str, Any]:
-    """Figure 3, its second half: two views each of 64 images of 96 px; torchvision an image at a time, as it must."""
+    """Views: two views each of 64 images of 96 px; torchvision an image at a time, as it must."""
     from torchvision.transforms import v2
 
     images = torch.randint(256, (64, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -456,7 +456,7 @@ def decoding(files: list[bytes], size: int, rounds: int) -> dict[str, Any]:
 
 
 def loader(rounds: int, source: Path | None = None) -> dict[str, Any]:
-    """Figure 4, at sizes that networks take."""
+    """The loader, at sizes that networks take."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     found = {

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import kornia.augmentation as K
 import torch
-from record import write
+from record import takes_no_arguments, write
 from torch import Tensor, nn
 
 from contrastive_core.augment import Seeded, Views
@@ -79,6 +79,7 @@ def compare(count: int, size: int, strength: float, blur: float) -> dict[str, ob
 
 def main() -> None:
     """Take turns, print, record."""
+    takes_no_arguments(__doc__)
     torch.set_num_threads(2)
     results = {name: compare(*shape) for name, shape in SHAPES.items()}
     for name, result in results.items():

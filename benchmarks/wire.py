@@ -26,7 +26,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from processes import free_port
-from record import ROOT, write
+from record import ROOT, takes_no_arguments, write
 from torch import distributed, multiprocessing
 
 from contrastive_core.batch_norm import globalize_batch_norm
@@ -113,6 +113,7 @@ def process(rank: int, count: int, port: int, folder: str) -> None:
 
 def main() -> None:
     """Run all, and write the table."""
+    takes_no_arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         for count in PROCESSES:
             multiprocessing.spawn(process, args=(count, free_port(), folder), nprocs=count)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from contrastive_core.evaluate.label_saving import Saving
 from contrastive_core.plots import BLUE, INK, MUTED, RUST, new_figure, tidy_axes
 
 if TYPE_CHECKING:
@@ -24,15 +25,17 @@ class Curve(NamedTuple):
 
 
 class SavingArrow(NamedTuple):
-    """`saving`, as "2.5" or "> 10", of the curve at this place in the list, at a number of labels and an accuracy."""
+    """`saving` of the curve at this place in the list, at a number of labels and an accuracy."""
 
     labels: int
     accuracy: float
-    saving: str
+    saving: Saving
     curve: int
 
 
-def label_figure(curves: Sequence[Curve], arrows: Sequence[SavingArrow] = ()) -> Figure:
+def label_figure(
+    curves: Sequence[Curve], arrows: Sequence[SavingArrow] = (), *, measure: str = "test accuracy"
+) -> Figure:
     """Accuracy in percent against labels on a log axis, a band of one deviation over the choices of labels.
 
     An arrow runs from its curve to where a saving of x would lie: x times as many labels at the same accuracy. Savings
@@ -56,7 +59,7 @@ def label_figure(curves: Sequence[Curve], arrows: Sequence[SavingArrow] = ()) ->
     counts = sorted({labels for curve in curves for labels in curve.points})
     axes.set_xticks(counts, [f"{labels:,}" for labels in counts])
     axes.set_xticks([], minor=True)
-    tidy_axes(axes, "labels", "test accuracy (%)")
+    tidy_axes(axes, "labels", f"{measure} (%)")
     axes.legend(frameon=False, labelcolor=INK, loc="best")
     return figure
 
@@ -73,12 +76,9 @@ def _line(axes: Axes, curve: Curve, colour: str) -> None:
 
 
 def _arrow(axes: Axes, arrow: SavingArrow, colour: str) -> None:
-    if arrow.saving.startswith("<"):
+    if arrow.saving.value == 0 or arrow.saving.bound <= 1.05:
         return
-    times = float(arrow.saving.removeprefix("> "))
-    if times <= 1.05:
-        return
-    height, end = 100 * arrow.accuracy, arrow.labels * times
+    height, end = 100 * arrow.accuracy, arrow.labels * arrow.saving.bound
     axes.annotate(
         "", (end, height), (arrow.labels, height), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.1}
     )

@@ -38,6 +38,7 @@ from cpc.features import (
     read_encoder,
     untrained_encoder,
 )
+from cpc.label_curves import SCRATCH
 from cpc.label_protocols import (
     Both,
     FeatureTable,
@@ -55,7 +56,6 @@ from cpc.label_protocols import (
     sgd,
     svm,
 )
-from cpc.label_report import SCRATCH
 from cpc.latent_classifier import LatentClassifier
 
 FROZEN = ("linear", "knn", "classifier")

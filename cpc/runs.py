@@ -19,7 +19,7 @@ from typing import Any
 
 from contrastive_core.reading import read_json, read_yaml
 from contrastive_core.run_log import read_metrics
-from cpc.label_report import BEST
+from cpc.label_curves import BEST
 
 STATES = ("running", "done", "killed")
 

@@ -5,7 +5,7 @@ that start from nothing. Every cell is a file: the same command goes on where it
 (`-m shard=0,1 shards=2 hydra/launcher=joblib`), and draws the curve while it grows.
 
 This is an entry point. What is learned from few labels, and how, is in `cpc.label_protocols` and `cpc.label_bench`;
-what is made of the cells, in `cpc.label_report`.
+what the cells come to, in `cpc.label_curves` and `cpc.label_report`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,8 +47,9 @@ from cpc.label_bench import (
     run_fingerprint,
     usable,
 )
-from cpc.label_protocols import Both, Length, ProbeProtocol
-from cpc.label_report import SCRATCH, read_results, write_report
+from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH, read_results
+from cpc.label_protocols import Both, FinetuneProtocol, LatentProtocol, Length, ProbeProtocol
+from cpc.label_report import write_report
 from cpc.run import plain
 from cpc.run_folder import MAY_CHANGE, check_no_file, differing_keys
 
@@ -149,7 +150,7 @@ def check_asked(cfg: DictConfig) -> None:
         raise ValueError(f"scratch_times={cfg.scratch_times}: pass at least 1, as many steps as both phases together")
     for name in sorted({*cfg.protocols, *cfg.random, "scratch"}):
         _check_settings(name, cfg.settings.get(name))
-    most = max((len(cfg.settings[name]) for name in cfg.protocols if name in cfg.steps), default=1)
+    most = max((len(cfg.settings[name]) for name in cfg.protocols if name in (*cfg.steps, "head")), default=1)
     if set(cfg.scratch) & set(NETWORKS) and 0 < len(cfg.settings.scratch) < most:
         raise ValueError(
             f"settings.scratch has {len(cfg.settings.scratch)} settings, what is pre-trained up to {most}: pass as many"
@@ -203,15 +204,13 @@ def _repeats(first: str, other: str) -> bool:
 
 
 def arms_of(cfg: DictConfig) -> list[Arm]:
-    """Every arm, those from scratch first.
+    """Every arm, those from scratch first; without "patches" from scratch where the first run's encoder has none.
 
-    Raises ValueError for "patches" where the first run's encoder has no patches, and for "head" where no run has one.
+    Raises ValueError for "head" where no run has one.
     """
     first = str(cfg.runs[0])
     groups = grouped_runs(list(cfg.runs))
-    if "patches" in cfg.scratch and not read_card(first)[1]["input"].get("patch_size"):
-        cfg.scratch.remove("patches")
-    arms = [Arm(SCRATCH, protocol, first) for protocol in cfg.scratch]
+    arms = [Arm(SCRATCH, protocol, first) for protocol in cfg.scratch if protocol != "patches" or has_patches(first)]
     arms += [Arm("random", protocol, first) for protocol in cfg.random]
     with_head = [run for run in cfg.runs if read_card(run)[1].get("head")]
     if "head" in cfg.protocols and not with_head:
@@ -223,6 +222,20 @@ def arms_of(cfg: DictConfig) -> list[Arm]:
         for protocol in cfg.protocols
         if protocol != "head" or run in with_head
     ]
+
+
+def has_patches(run: str) -> bool:
+    """Whether a run's encoder was trained on patches."""
+    return bool(read_card(run)[1]["input"].get("patch_size"))
+
+
+def other_networks(groups: Mapping[str, Sequence[str]], first: str) -> list[str]:
+    """The methods whose network is another than the first run's, which "image" and "patches" train from scratch."""
+
+    def architecture(run: str) -> Any:
+        return read_card(run)[1]["architecture"]
+
+    return [method for method, runs in groups.items() if architecture(runs[0]) != architecture(first)]
 
 
 def take_over_(cfg: DictConfig) -> None:
@@ -276,8 +289,8 @@ def failure_file(folder: Path, cell: Cell) -> Path:
 def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
     """How long each cell should take: a few steps, or one probe, of every arm are timed where its labels are fewest.
 
-    It is an estimate: a support vector machine's cost rises faster than its labels, and encoding is left out. An arm
-    that cannot be timed takes no time: its cells say what is wrong with it.
+    It is an estimate: a support vector machine's cost rises faster than its labels, and encoding images as they are,
+    once for all cells, is left out. An arm that cannot be timed takes no time: its cells say what is wrong with it.
     """
     seconds: dict[Cell, float] = {}
     for arm in dict.fromkeys(cell.arm for cell in cells):
@@ -285,16 +298,27 @@ def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
         fewest = min(mine.values(), key=len)
         try:
             protocol = bench.protocol(arm, fewest)
+            copies = seconds_of_copies(protocol)
             trial, image = timings(protocol, fewest)
             seconds |= {
                 cell: whole_trials(len(protocol.settings), len(selection_parts(bench.labels[labels])))
                 * trial * protocol.cost(len(labels)) / protocol.cost(len(fewest))
-                + image * len(bench.test)
+                + image * len(bench.test) + copies
                 for cell, labels in mine.items()
             }  # fmt: skip
         except Exception:
             seconds |= dict.fromkeys(mine, 0.0)
     return seconds
+
+
+def seconds_of_copies(protocol: LabelProtocol[Any]) -> float:
+    """Seconds that a cell's augmented copies take to encode, about as many whatever its labels; 0 where it has none."""
+    latents = protocol.first if isinstance(protocol, FinetuneProtocol) else protocol
+    if not isinstance(latents, LatentProtocol):
+        return 0.0
+    began = time.perf_counter()
+    _ = latents.copies
+    return time.perf_counter() - began
 
 
 def timings(protocol: LabelProtocol[Any], chosen: Tensor) -> tuple[float, float]:
@@ -306,7 +330,7 @@ def timings(protocol: LabelProtocol[Any], chosen: Tensor) -> tuple[float, float]
         protocol.predict(chosen, at, protocol.settings[0], share, 0)
         return time.perf_counter() - began
 
-    timed(1e-9)  # what is done once: features, augmented copies
+    timed(1e-9)  # what is done once: features
     if isinstance(protocol, ProbeProtocol):
         return timed(1.0), 0.0
     image = max(0.0, timed(1e-9, 65) - timed(1e-9)) / 64
@@ -388,8 +412,8 @@ def sweep(cfg: DictConfig) -> Path:
     take_over_(cfg)
     check_no_file(Path(cfg.out), "out")
     out, bench = Path(cfg.out), bench_of(cfg)
-    check_folder(out, bench)
     cells, folder = cells_of(cfg, bench), out / "cells"
+    check_folder(out, bench, cells)
     asked = {cell: bench.asked(cell) for cell in cells}
     missing = [cell for cell in cells if kept_result(folder, cell, asked[cell]) is None]
     mine = [cell for place, cell in enumerate(cells) if place % cfg.shards == cfg.shard and cell in set(missing)]
@@ -418,24 +442,53 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
             "encoded": sum(table.encoded for table in bench.tables.values()),
             "seconds": round(sum(table.seconds for table in bench.tables.values()), 1),
         }
-        failed = [file.read_text().strip() for file in sorted((out / "cells").rglob("*.failed"))]
+        failed = [said for file in sorted((out / "cells").rglob("*.failed")) if (said := _text_of(file))]
         missing = sum(not (out / "cells" / cell.file).is_file() for cell in cells)
-        before = read_json(out / "summary.json", largest=1 << 26)["runs"] if (out / "summary.json").is_file() else {}
+        before = read_json(out / "summary.json", largest=1 << 26) if (out / "summary.json").is_file() else {}
         about = {**about, "cells": len(results) + missing, "features": features, "failed": failed}
-        about["runs"] = before | about["runs"]  # another command's arms are in the folder, too
+        # another command's arms are in the folder, too
+        of_others = set(before.get("other_networks", ())) - about["runs"].keys()
+        about["other_networks"] = sorted(of_others | set(about["other_networks"]))
+        about["runs"] = before.get("runs", {}) | about["runs"]
         write_report(out, results, bench.test.labels, about)
 
 
-def check_folder(out: Path, bench: Bench) -> None:
-    """Raise ValueError where cells in the folder were made of other images or in another way than these would be.
+def _text_of(failure: Path) -> str:
+    """What went wrong with a cell; "" where another process has just made it good."""
+    try:
+        return failure.read_text().strip()
+    except FileNotFoundError:
+        return ""
 
-    A second command may add arms and label counts, which go into one curve.
+
+def check_folder(out: Path, bench: Bench, cells: Sequence[Cell]) -> None:
+    """Raise ValueError where cells in the folder cannot stand in one curve with those that are asked for.
+
+    A second command may add arms and label counts. What it may not: other images or another making, another encoder
+    under the name of one that is there, other choices of as many labels.
     """
     shared = json.loads(json.dumps(bench.shared))
+    encoders = {
+        _first_weights(cell.arm.method, cell.arm.repeat, cell.arm.protocol): json.loads(json.dumps(asked["encoder"]))
+        for cell in cells
+        if "encoder" in (asked := bench.asked(cell))
+    }
+    choices = {(len(choice.indices), seed): choice.digest for (_, seed), choice in bench.choices.items()}
     for written in sorted((out / "cells").rglob("*.json")):
-        differing = differing_keys(shared, json.loads(written.read_text())["shared"])
+        result = json.loads(written.read_text())
+        differing = differing_keys(shared, result["shared"])
+        name = _first_weights(result["method"], result["repeat"], result["protocol"])
+        if encoders.get(name, there := result["asked"].get("encoder")) != there:
+            differing.append("encoder")
+        if choices.get((result["labels"], result["seed"]), result["split"]) != result["split"]:
+            differing.append(f"choice of {result['labels']} labels")
         if differing:
             raise ValueError(f"{written} was made with another {', '.join(differing)}: pass another out, or remove it")
+
+
+def _first_weights(method: str, repeat: int, protocol: str) -> tuple[str, int, str]:
+    """A name for an arm's first weights: all protocols of a run have the same, each from scratch its own."""
+    return method, repeat, protocol if method in (SCRATCH, "random") else ""
 
 
 def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
@@ -451,9 +504,16 @@ def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
     if probed:
         watched = ", ".join(probed)
         said.append(f"a kNN probe with labels of training images watched pre-training, for its log alone: {watched}")
+    groups, first = grouped_runs(list(cfg.runs)), str(cfg.runs[0])
+    others = other_networks(groups, first)
+    if others and set(cfg.scratch) & set(OF_THE_SAME_NETWORK):
+        said.append(f"the network from scratch is that of {first}: {', '.join(others)} is not held against it alone")
+    if "patches" in cfg.scratch and not has_patches(first):
+        said.append(f"no network on patches from scratch: the first run, {first}, was trained on whole images")
     return {
         "command": " ".join(["python", *sys.argv]),
-        "runs": grouped_runs(list(cfg.runs)),
+        "runs": groups,
+        "other_networks": others,
         "train_images": len(bench.labels),
         "test_images": len(bench.test),
         "classes": bench.classes,

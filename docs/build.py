@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("contrastive_core", "cpc")
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/notes.md")
 """Beside all of docs/."""
 EXTRAS = {"tables": None, "fenced-code-blocks": None, "header-ids": None, "code-friendly": None, "cuddled-lists": None}
 

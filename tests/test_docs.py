@@ -186,3 +186,11 @@ def test_a_link_to_a_file_that_is_not_there_is_told():
         cwd=CHECKOUT / "docs", capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "docs/losses.md: none.md is not in the checkout" in done.stderr
+
+
+def test_help_of_a_benchmark_starts_nothing():
+    """Each reads its command line, so that --help, or a mistyped option, does not begin hours of work."""
+    scripts = [path for path in (CHECKOUT / "benchmarks").glob("*.py") if "__main__" in path.read_text()]
+    assert len(scripts) > 10
+    for script in scripts:
+        assert re.search(r"^    takes_no_arguments\(__doc__\)|\.parse_args\(", script.read_text(), re.M), script.name

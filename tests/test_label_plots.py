@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
+from contrastive_core.evaluate.label_saving import Saving
 from contrastive_core.label_plots import Curve, SavingArrow, label_figure
 from contrastive_core.plots import BLUE, MUTED, RUST, save_figure
 
@@ -44,6 +46,8 @@ def test_a_line_a_curve_in_percent_by_rising_labels():
     assert [line.get_color() for line in axes.lines] == [MUTED, BLUE, RUST]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [SCRATCH.name, FROZEN.name, TUNED.name]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("labels", "test accuracy (%)")
+    (other,) = label_figure([SCRATCH], measure="mean accuracy of the classes").axes
+    assert other.get_ylabel() == "mean accuracy of the classes (%)"
 
 
 def test_the_ticks_are_the_numbers_of_labels_and_no_others():
@@ -64,7 +68,12 @@ def test_the_band_is_one_deviation_and_a_single_choice_has_none():
 
 
 def test_an_arrow_runs_to_as_many_times_the_labels_at_the_same_height():
-    axes = axes_of(SCRATCH, FROZEN, TUNED, arrows=[SavingArrow(10, 0.5, "10.0", 1), SavingArrow(10, 0.6, "31.6", 2)])
+    axes = axes_of(
+        SCRATCH,
+        FROZEN,
+        TUNED,
+        arrows=[SavingArrow(10, 0.5, Saving(10.0, 10.0), 1), SavingArrow(10, 0.6, Saving(31.6, 31.6), 2)],
+    )
     starts_and_ends = arrows_of(axes)
     assert starts_and_ends == [pytest.approx((10, 50, 100, 50)), pytest.approx((10, 60, 316, 60))]
     assert said(axes) == ["10.0x", "31.6x"]
@@ -78,17 +87,16 @@ def test_an_arrow_runs_to_as_many_times_the_labels_at_the_same_height():
 @pytest.mark.parametrize(
     ("saving", "drawn"),
     [
-        ("2.5", ["2.5x"]),
-        ("1.1", ["1.1x"]),
-        ("1.0", []),
-        ("0.5", []),
-        ("0.01", []),
-        ("< 0.4", []),
-        ("< 4.0", []),
-        ("> 0.4", []),
-        ("> 1.0", []),
-        ("> 10.0", ["> 10.0x"]),
-        ("> 1000", ["> 1000x"]),
+        (Saving(2.5, 2.5), ["2.5x"]),
+        (Saving(1.1, 1.1), ["1.1x"]),
+        (Saving(1.04, 1.04), []),
+        (Saving(0.5, 0.5), []),
+        (Saving(0.0, 0.4), []),
+        (Saving(0.0, 4.0), []),
+        (Saving(inf, 0.4), []),
+        (Saving(inf, 1.0), []),
+        (Saving(inf, 10.0), ["> 10.0x"]),
+        (Saving(inf, 1000.0), ["> 1000x"]),
     ],
 )
 def test_only_savings_above_1_are_drawn_and_censored_ones_as_far_as_known(saving, drawn):
@@ -113,7 +121,7 @@ def test_curves_without_a_point_are_refused(curves):
 
 
 def test_the_picture_shows_them(tmp_path: Path):
-    figure = label_figure([SCRATCH, FROZEN], [SavingArrow(10, 0.5, "10.0", 1)])
+    figure = label_figure([SCRATCH, FROZEN], [SavingArrow(10, 0.5, Saving(10.0, 10.0), 1)])
     save_figure(figure, tmp_path / "new" / "curve.png")
     with Image.open(tmp_path / "new" / "curve.png") as picture:
         assert picture.format == "PNG"

@@ -115,6 +115,45 @@ def test_runs_that_differ_widen_the_interval():
     assert widths[1] > 1.5 * widths[0]
 
 
+def test_draws_that_differ_widen_the_interval_unless_both_arms_have_them():
+    """Of easy and hard draws the mean is uncertain; what is as easy for both is not."""
+    shares = torch.tensor([-0.15, -0.1, 0.0, 0.1, 0.15])
+
+    def varied(share: float, seed: int) -> torch.Tensor:
+        return torch.cat([right(share + float(more), 1, 2000, seed=seed + draw) for draw, more in enumerate(shares)])
+
+    steady = {number: right(share, 5, 2000, seed=number) for number, share in zip(LABELS, CURVE, strict=True)}
+    moving = {number: varied(share, number) for number, share in zip(LABELS, CURVE, strict=True)}
+    cases = {
+        "none": (right(0.5, 1, 5, 2000, seed=3), steady),
+        "one arm": (varied(0.5, 30)[None], steady),
+        "both": (varied(0.5, 30)[None], moving),
+    }
+    widths = {}
+    for name, (pretrained, scratch) in cases.items():
+        found = saving_interval(100, pretrained, scratch, resamples=400)
+        widths[name] = math.log(found.high.value / found.low.value)
+    assert widths["one arm"] > 2 * widths["none"]
+    assert widths["both"] < 0.7 * widths["one arm"]
+
+
+def test_a_draw_that_is_not_there_is_no_draw_of_that_point():
+    """NaN at one point: its mean is that of the others, of a single one in every resample. Here all are alike."""
+    scratch = {number: right(share, 3, 400, seed=number).double() for number, share in zip(LABELS, CURVE, strict=True)}
+    alike = {number: there[:1].expand(3, -1).clone() for number, there in scratch.items()}
+    pretrained = right(0.5, 1, 3, 400, seed=3)
+    whole = saving_interval(100, pretrained, alike, resamples=100)
+    for gone in ([1], [0, 2], [1, 2]):
+        lacking = {number: there.clone() for number, there in alike.items()}
+        lacking[LABELS[1]][gone] = math.nan
+        found = saving_interval(100, pretrained, lacking, resamples=100)
+        for one, other in zip(found, whole, strict=True):
+            assert one.value == pytest.approx(other.value)
+    lacking[LABELS[1]][:] = math.nan
+    with pytest.raises(ValueError, match=f"^scratch has no draw at {LABELS[1]} labels: leave that number out$"):
+        saving_interval(100, pretrained, lacking)
+
+
 def test_what_is_beyond_the_curve_is_censored_and_not_left_out():
     scratch = {number: right(share, 5, 300, seed=number) for number, share in zip(LABELS, CURVE, strict=True)}
     saving, low, high = saving_interval(10, torch.ones(1, 5, 300, dtype=torch.bool), scratch, resamples=50)

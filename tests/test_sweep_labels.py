@@ -137,6 +137,10 @@ def test_the_summary_says_what_is_saved_and_what_is_not_known(swept, runs):
     saved = {(row["method"], row["protocol"], row["labels"], row["against"]) for row in summary["savings"]}
     assert ("CPC", "finetune", 20, "best from scratch") in saved
     assert ("CPC", "linear", 10, "same network from scratch") in saved
+    assert {row["method"] for row in summary["savings"] if row["against"] == "same network from scratch"} == {
+        "CPC", "random"
+    }, "SimCLR's is another"  # fmt: skip
+    assert f"the network from scratch is that of {runs[0]}: SimCLR is not held against it alone" in summary["notes"]
     assert {row["runs"] for row in summary["savings"] if row["method"] == "CPC"} == {2}
     report = (swept / "report.md").read_text()
     assert "one pre-training run of SimCLR" in report
@@ -166,6 +170,36 @@ def test_another_command_s_runs_stay_known(configured, runs, tmp_path):
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["runs"] == {"CPC": [str(run) for run in runs[:2]], "SimCLR": [str(runs[2])]}
     assert {row["method"] for row in summary["accuracies"]} == {"CPC", "SimCLR", "scratch"}
+
+
+def test_two_runs_do_not_become_one_curve(configured, tmp_path):
+    """Neither with other labels, nor with another protocol, where no cell is asked for that is there."""
+    few = ["seeds=1", "random=[]", "scratch=[]"]
+    sweep(configured(*few, "labels=[20]", "protocols=[knn]"))
+    before = files(tmp_path / "out")
+    for labels, protocol in ((40, "knn"), (20, "linear")):
+        with pytest.raises(ValueError, match="was made with another encoder: pass another out, or remove it"):
+            sweep(configured(*few, f"labels=[{labels}]", f"protocols=[{protocol}]", use=slice(1, 2)))
+    assert files(tmp_path / "out") == before
+    sweep(configured(*few, "labels=[40]", "protocols=[knn]", use=slice(0, 2)))  # a second run beside the first
+    assert len(files(tmp_path / "out")) == 3
+
+
+def test_another_choice_of_as_many_labels_is_refused(configured, tmp_path):
+    """Of classes of unequal size 40 labels are one choice by the number in all, another by the number a class."""
+    arms = ["seeds=1", "random=[]", "scratch=[]", "protocols=[knn]"]
+    sweep(configured(*arms, "labels_per_class=[4]"))
+    cell = next((tmp_path / "out/cells").rglob("*.json"))
+    cell.write_text(json.dumps(json.loads(cell.read_text()) | {"split": "0" * 12}))
+    with pytest.raises(ValueError, match="was made with another choice of 40 labels: pass another out"):
+        sweep(configured(*arms, "labels=[40]"))
+
+
+def test_a_network_that_has_no_patches_is_not_trained_on_them(configured, tmp_path):
+    sweep(configured("labels=[20]", "seeds=1", "random=[]", "scratch=[patches]", "protocols=[knn]", use=slice(2, 3)))
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert {row["method"] for row in summary["accuracies"]} == {"SimCLR"}
+    assert any(note.startswith("no network on patches from scratch: the first run") for note in summary["notes"])
 
 
 QUICK = ["labels=[20,40]", "seeds=2", "scratch=[svm]", "random=[]", "protocols=[knn]"]
@@ -327,17 +361,23 @@ class Watched:
         return self.protocol.predict(fit, at, setting, share, seed)
 
 
+FROZEN_FIRST = ("linear", "classifier", "finetune")
 ALL = [
     ("scratch", "logistic"), ("scratch", "cnn"), ("scratch", "image"), ("scratch", "patches"), ("CPC", "linear"),
-    ("CPC", "knn"), ("CPC", "classifier"), ("CPC", "finetune"),
+    ("CPC", "knn"), ("CPC", "classifier"), ("CPC", "finetune"), ("scratch", "svm"), ("random", "linear"),
+    ("SimCLR", "head"),
 ]  # fmt: skip
+
+
+def run_of(runs, method):
+    return str(runs[2] if method == "SimCLR" else runs[0])
 
 
 @pytest.mark.parametrize(("method", "protocol"), ALL)
 def test_test_images_are_looked_at_once_at_the_end(bench, runs, monkeypatch, method, protocol):
     two = "settings.scratch=[{lr:1e-3,weight_decay:0.0},{lr:2e-3,weight_decay:0.0}]"
     made = bench("labels=[20]", "seeds=1", two)
-    cell = Cell(Arm(method, protocol, str(runs[0])), LabelAmount("labels", 20), 0)
+    cell = Cell(Arm(method, protocol, run_of(runs, method)), LabelAmount("labels", 20), 0)
     chosen = set(made.choices[cell.amount, 0].indices.tolist())
     watched = Watched(made.protocol(cell.arm, made.choices[cell.amount, 0].indices))
     monkeypatch.setattr(made, "protocol", lambda arm, indices: watched)
@@ -355,7 +395,7 @@ def test_test_images_are_looked_at_once_at_the_end(bench, runs, monkeypatch, met
 @pytest.mark.parametrize(("method", "protocol"), ALL)
 def test_no_other_label_has_a_say(bench, runs, method, protocol):
     made = bench("labels=[20]", "seeds=1")
-    cell = Cell(Arm(method, protocol, str(runs[0])), LabelAmount("labels", 20), 0)
+    cell = Cell(Arm(method, protocol, run_of(runs, method)), LabelAmount("labels", 20), 0)
     before = label_bench.run_cell(made, cell)["predictions"]
     chosen = made.choices[cell.amount, 0].indices
     others = torch.ones(len(made.labels), dtype=torch.bool)
@@ -367,16 +407,23 @@ def test_no_other_label_has_a_say(bench, runs, method, protocol):
         made.splits.train.labels[others] = made.labels[others].flip(0)
 
 
-@pytest.mark.parametrize("protocol", ["linear", "classifier", "finetune", "head"])
-def test_a_cell_leaves_the_encoder_as_it_was(bench, runs, protocol):
-    run = str(runs[2] if protocol == "head" else runs[0])
+@pytest.mark.parametrize(
+    ("method", "protocol"),
+    [*[(method, protocol) for method in ("CPC", "SimCLR") for protocol in FROZEN_FIRST], ("SimCLR", "head")],
+)
+def test_a_cell_leaves_the_encoder_as_it_was(bench, runs, method, protocol):
+    """Weights, the statistics of SimCLR's BatchNorm, and the files."""
+    run = run_of(runs, method)
     made = bench("labels=[20]", "seeds=1", use=slice(0, 3))
-    arm = Arm("CPC", protocol, run)
-    weights = load_file(f"{run}/encoder.safetensors")
+    arm = Arm(method, protocol, run)
+    encoder, before = made.encoder(arm).encoder, run_fingerprint.__wrapped__(run)
+    assert any("running_mean" in name for name in encoder.state_dict()) == (method == "SimCLR")
     label_bench.run_cell(made, Cell(arm, LabelAmount("labels", 20), 0))
-    for name, tensor in made.encoder(arm).encoder.state_dict().items():
+    weights = load_file(f"{run}/encoder.safetensors")
+    for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
-    assert not any(parameter.requires_grad for parameter in made.encoder(arm).parameters())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert run_fingerprint.__wrapped__(run) == before
 
 
 def test_fine_tuning_moves_the_encoder_and_its_rate_of_zero_does_not(bench, runs):

@@ -117,14 +117,16 @@ def saving_interval(
     Args:
         count: labels of the pre-trained network, n.
         pretrained: `runs draws images` bool, whether it was right: a row for each pre-training run and label draw.
-        scratch: `draws images` bool by number of labels: the same label draws and test images, from scratch.
+        scratch: `draws images` by number of labels: the same label draws and test images, from scratch. A row of NaN is
+            a draw that is not there: its point is the mean over the others, again in every resample.
         resamples: at least 1.
         level: of the interval, between 0 and 1.
         seed: of the resampling.
 
     With one pre-training run the interval leaves the luck of pre-training out.
 
-    Raises ValueError for shapes that do not fit each other, fewer than one label or resample, another level.
+    Raises ValueError for shapes that do not fit each other, a point without a draw, fewer than one label or resample,
+    another level.
 
     Example: where both are right on the same images at the same count, and the curve rises, the saving is 1.
     """
@@ -134,7 +136,9 @@ def saving_interval(
         )
     _check_shapes(pretrained, scratch)
     labels = sorted(scratch)
-    curves = torch.stack([scratch[number] for number in labels])
+    curves = torch.stack([scratch[number].double() for number in labels])
+    there = ~curves.isnan().any(2)
+    curves = curves.nan_to_num()
     runs, draws, images = pretrained.shape
     generator = torch.Generator().manual_seed(seed)
     values: list[float] = []
@@ -142,12 +146,13 @@ def saving_interval(
         weights = _redrawn(images, len(part), generator) / images
         chosen_runs, chosen_draws = (_redrawn(number, len(part), generator) / number for number in (runs, draws))
         mean = torch.einsum("r d i, s i, s r, s d -> s", pretrained.double(), weights, chosen_runs, chosen_draws)
-        curve = torch.einsum("l d i, s i, s d -> s l", curves.double(), weights, chosen_draws)
+        curve = torch.einsum("l d i, s i, s l d -> s l", curves, weights, _over_those_there(chosen_draws, there))
         values += [
             label_saving(count, one, labels, points).value
             for one, points in zip(mean.tolist(), curve.tolist(), strict=True)
         ]
-    point = label_saving(count, pretrained.double().mean().item(), labels, curves.double().mean((1, 2)).tolist())
+    means = (curves.mean(2) * there).sum(1) / there.sum(1)
+    point = label_saving(count, pretrained.double().mean().item(), labels, means.tolist())
     tails = [(1 - level) / 2, (1 + level) / 2]
     # an end that is censored is an infinity: no mean with its neighbour, which would be one too
     ends = np.quantile(values, tails, method="nearest").tolist()
@@ -162,6 +167,17 @@ def _redrawn(count: int, resamples: int, generator: torch.Generator) -> Tensor:
     return torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
 
+def _over_those_there(weights: Tensor, there: Tensor) -> Tensor:
+    """Weights of draws for each point, which sum to 1 over those that it has; all alike where none of them was drawn.
+
+    Args: `weights`: `resamples draws`; `there`: `points draws` bool. Returns `resamples points draws`.
+    """
+    of_point = weights[:, None] * there
+    none = of_point.sum(2, keepdim=True) == 0
+    of_point = torch.where(none, there.double(), of_point)
+    return of_point / of_point.sum(2, keepdim=True)
+
+
 def _check_shapes(pretrained: Tensor, scratch: Mapping[int, Tensor]) -> None:
     expected = tuple(pretrained.shape[1:])
     shapes = {number: tuple(right.shape) for number, right in scratch.items()}
@@ -171,3 +187,6 @@ def _check_shapes(pretrained: Tensor, scratch: Mapping[int, Tensor]) -> None:
             f"pretrained {tuple(pretrained.shape)}, scratch {wrong or shapes}: pass `runs draws images` and, for each "
             "number of labels, `draws images`"
         )
+    empty = [number for number, right in scratch.items() if right.isnan().any(1).all()]
+    if empty:
+        raise ValueError(f"scratch has no draw at {empty[0]} labels: leave that number out")

@@ -1,0 +1,265 @@
+"""How many labels pre-training saves, out of a label sweep's cells: curves, what they are held against, savings.
+
+At each number of labels the scratch curve is the best of all networks and probes that started from nothing, best by
+their accuracy on the test images: where that choice errs, it errs in their favour. Beside it stands the curve of the
+same network from random weights.
+
+A grid may be half done. What is missing must not make the baseline worse, since that makes the saving larger:
+
+- Protocols are compared on the choices of labels that both have: a failed cell does not cost the best its place.
+- A number of labels where none of those that led before was measured is left out of the scratch curve: logistic
+  regression alone does not continue a network's curve. Beyond its end a saving is censored, "> x".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_core.evaluate.label_saving import SavingInterval, saving_interval
+
+SCRATCH = "scratch"
+BEST, SAME = "best from scratch", "same network from scratch"
+OF_THE_SAME_NETWORK = ("patches", "image")
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A finished cell: which arm with which labels, and the class that it gave to every test image."""
+
+    method: str
+    protocol: str
+    repeat: int
+    amount: str
+    labels: int
+    fraction: float
+    seed: int
+    split: str
+    accuracy: float
+    class_accuracy: float
+    draws: int
+    setting: dict[str, float]
+    seconds: float
+    predictions: Tensor
+
+
+def read_results(files: Sequence[Path]) -> list[CellResult]:
+    """Of all cells whose file is there."""
+    results = []
+    for file in files:
+        if file.is_file():
+            written = json.loads(file.read_text())
+            written["predictions"] = torch.tensor(written["predictions"], dtype=torch.int64)
+            results.append(CellResult(**{name: written[name] for name in CellResult.__dataclass_fields__}))
+    return results
+
+
+@dataclass(frozen=True)
+class ArmCurve:
+    """The results of one method and protocol: by number of labels and seed, those of every pre-training run."""
+
+    cells: dict[int, dict[int, dict[int, CellResult]]]  # labels: seed: repeat
+
+    @staticmethod
+    def of(results: Sequence[CellResult]) -> ArmCurve:
+        """Results of one method and protocol."""
+        cells: dict[int, dict[int, dict[int, CellResult]]] = {}
+        for result in results:
+            cells.setdefault(result.labels, {}).setdefault(result.seed, {})[result.repeat] = result
+        return ArmCurve(cells)
+
+    def by_seed(self, labels: int, by: str = "accuracy") -> dict[int, float]:
+        """Of every seed the mean over the runs; `by` "class_accuracy": of the classes' mean accuracies."""
+        return {
+            seed: statistics.mean(getattr(one, by) for one in of_seed.values())
+            for seed, of_seed in sorted(self.cells[labels].items())
+        }
+
+    def accuracies(self, labels: int, by: str = "accuracy") -> list[float]:
+        """The same without the seeds."""
+        return list(self.by_seed(labels, by).values())
+
+    def repeats(self) -> set[int]:
+        """The pre-training runs that have a result."""
+        return {repeat for by_seed in self.cells.values() for of_seed in by_seed.values() for repeat in of_seed}
+
+    def seeds(self, labels: int) -> set[int]:
+        """The choices of labels of which every run has its result."""
+        repeats = {repeat for of_seed in self.cells[labels].values() for repeat in of_seed}
+        return {seed for seed, of_seed in self.cells[labels].items() if repeats <= of_seed.keys()}
+
+    def planned(self, labels: int) -> int:
+        """How many choices of labels there are to be."""
+        return max(one.draws for of_seed in self.cells[labels].values() for one in of_seed.values())
+
+    def right(self, labels: int, seeds: Sequence[int], truth: Tensor) -> Tensor:
+        """`runs draws images` bool for these seeds, which every run has."""
+        repeats = sorted({repeat for of_seed in self.cells[labels].values() for repeat in of_seed})
+        cells = [[self.cells[labels][seed][repeat] for seed in seeds] for repeat in repeats]
+        return torch.stack([torch.stack([cell.predictions == truth for cell in of_run]) for of_run in cells])
+
+
+Curves = Mapping[tuple[str, str], ArmCurve]
+"""Every arm's results by method and protocol."""
+
+
+def curves_of(results: Sequence[CellResult]) -> dict[tuple[str, str], ArmCurve]:
+    """Every arm's results by method and protocol."""
+    named: dict[tuple[str, str], list[CellResult]] = {}
+    for result in results:
+        named.setdefault((result.method, result.protocol), []).append(result)
+    return {name: ArmCurve.of(mine) for name, mine in named.items()}
+
+
+# ---- what pre-training is held against ----
+
+
+class ScratchPoint(NamedTuple):
+    """At one number of labels the protocol from scratch that does best, its results, and all that were measured."""
+
+    protocol: str
+    curve: ArmCurve
+    measured: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScratchCurve:
+    """The best from scratch by number of labels, and the numbers that are left out since none of the best is there."""
+
+    points: dict[int, ScratchPoint]
+    left_out: dict[int, tuple[str, ...]]
+
+
+def scratch_curves(curves: Curves, by: str = "accuracy") -> dict[str, ScratchCurve]:
+    """For `BEST` and `SAME`, where there are any: the best from scratch by "accuracy" or "class_accuracy"."""
+    scratch = {protocol: curve for (method, protocol), curve in curves.items() if method == SCRATCH}
+    same = {protocol: curve for protocol, curve in scratch.items() if protocol in OF_THE_SAME_NETWORK}
+    return {name: _best_curve(mine, by) for name, mine in {BEST: scratch, SAME: same}.items() if mine}
+
+
+def _best_curve(curves: Mapping[str, ArmCurve], by: str) -> ScratchCurve:
+    points: dict[int, ScratchPoint] = {}
+    left_out: dict[int, tuple[str, ...]] = {}
+    leading = set(curves)
+    for labels in sorted({labels for curve in curves.values() for labels in curve.cells}):
+        there = {protocol: curve for protocol, curve in curves.items() if labels in curve.cells}
+        if leading.isdisjoint(there):
+            left_out[labels] = tuple(sorted(there))
+            continue
+        scores = {protocol: curve.by_seed(labels, by) for protocol, curve in there.items()}
+        best = _best(scores)
+        points[labels] = ScratchPoint(best, there[best], tuple(sorted(there)))
+        leading = {protocol for protocol, score in scores.items() if _as_good(score, scores[best])}
+    return ScratchCurve(points, left_out)
+
+
+def _best(scores: Mapping[str, Mapping[int, float]]) -> str:
+    """The protocol that is ahead of most others, each time in the mean over the seeds that both have."""
+
+    def rank(protocol: str) -> tuple[int, float]:
+        mine = scores[protocol]
+        ahead = sum(statistics.mean(_differences(mine, other)) > 0 for other in scores.values())
+        return ahead, statistics.mean(mine.values())
+
+    return max(sorted(scores), key=rank)
+
+
+def _as_good(score: Mapping[int, float], best: Mapping[int, float]) -> bool:
+    """Whether the mean over the seeds that both have is less than a standard error below the best's, or not below."""
+    differences = _differences(best, score)
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return statistics.mean(differences) <= error
+
+
+def _differences(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
+    """Seed by seed; of the means where no seed is in both."""
+    shared = one.keys() & other.keys()
+    if not shared:
+        return [statistics.mean(one.values()) - statistics.mean(other.values())]
+    return [one[seed] - other[seed] for seed in sorted(shared)]
+
+
+# ---- savings ----
+
+
+class LabelSaving(NamedTuple):
+    """What a method saves with a protocol and a number of labels, against one of the curves from scratch.
+
+    draws, runs: how many choices of labels and pre-training runs of the method's went into the interval.
+    """
+
+    method: str
+    protocol: str
+    labels: int
+    against: str
+    interval: SavingInterval
+    draws: int
+    runs: int
+
+    @property
+    def saves(self) -> bool:
+        """Whether the whole interval is above 1; censored at a bound below 1, nothing is known."""
+        return self.interval.low.value > 1 and self.interval.low.bound >= 1
+
+
+def savings_of(
+    curves: Curves, truth: Tensor, *, per_class: bool = False, other_networks: Collection[str] = ()
+) -> list[LabelSaving]:
+    """The label saving of every pre-trained arm at every number of labels, against both curves from scratch.
+
+    Args:
+        truth: `m` int64, the test images' classes.
+        per_class: by the mean accuracy of the classes, which also decides which protocol from scratch is the best.
+        other_networks: methods whose network is not the one that was trained from scratch: without a row of `SAME`.
+    """
+    rows = []
+    weights = balanced(truth) if per_class else None
+    for against, scratch in scratch_curves(curves, "class_accuracy" if per_class else "accuracy").items():
+        for (method, protocol), arm in curves.items():
+            if method == SCRATCH or (against == SAME and method in other_networks):
+                continue
+            for labels in sorted(arm.cells):
+                seeds = sorted(arm.seeds(labels))
+                if seeds:
+                    interval = _interval(labels, arm, scratch, seeds, truth, weights)
+                    runs = max(len(of_seed) for of_seed in arm.cells[labels].values())
+                    rows.append(LabelSaving(method, protocol, labels, against, interval, len(seeds), runs))
+    return rows
+
+
+def _interval(
+    labels: int, arm: ArmCurve, scratch: ScratchCurve, seeds: Sequence[int], truth: Tensor, weights: Tensor | None
+) -> SavingInterval:
+    right = arm.right(labels, seeds, truth).double()
+    points = {count: _from_scratch(point.curve, count, seeds, truth) for count, point in scratch.points.items()}
+    if weights is not None:
+        right, points = right * weights, {count: there * weights for count, there in points.items()}
+    return saving_interval(labels, right, points)
+
+
+def _from_scratch(curve: ArmCurve, labels: int, seeds: Sequence[int], truth: Tensor) -> Tensor:
+    """`draws images` for these choices of labels, NaN for those that are missing.
+
+    Without one of them the mean of the others stands for all.
+    """
+    there = curve.seeds(labels)
+    if there.isdisjoint(seeds):
+        return curve.right(labels, sorted(there), truth)[0].double().mean(0).expand(len(seeds), -1)
+    missing = torch.full((len(truth),), math.nan, dtype=torch.float64)
+    rows = [curve.right(labels, [seed], truth)[0, 0].double() if seed in there else missing for seed in seeds]
+    return torch.stack(rows)
+
+
+def balanced(truth: Tensor) -> Tensor:
+    """Weights with a mean of 1 that make the mean over images the mean of the classes' accuracies."""
+    counts = torch.bincount(truth).double()
+    present = (counts > 0).sum()
+    return (len(truth) / (present * counts.clamp(min=1)))[truth]
