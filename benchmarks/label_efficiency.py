@@ -76,16 +76,21 @@ STUDIES = {
     ),
     "cifar10": Study(
         runs={
-            "cpc": [*CPC_RUN, "experiment=cifar10_cpc", "steps=10500"],
-            "simclr": [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "load_size=32", "image_size=32", "steps=2500"],
+            "cpc": [*CPC_RUN, "experiment=cifar10_cpc", "steps=16000"],
+            "simclr": [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "load_size=32", "image_size=32", "steps=3800"],
         },
-        sweep=["readout=context", "precision=bf16", "steps.finetune.most=2000", "scratch_times=10"],
+        # at least three augmented copies of every label for the classifier, with 5,000 of them
+        sweep=[
+            *["readout=context", "precision=bf16", "steps.finetune.most=2000", "scratch_times=10"],
+            "encodings=16384",
+        ],
         parts=[
             ["fractions=[0.01]", "scratch=[logistic,svm,cnn]", "protocols=[linear,classifier]", "random=[linear]"],
             ["fractions=[0.02]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
-            ["fractions=[0.05]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
+            ["fractions=[0.05,0.1]", "scratch=[]", "protocols=[linear,classifier]", "random=[]"],
+            ["fractions=[0.05]", "scratch=[cnn]", "protocols=[]", "random=[]"],
             ["fractions=[0.01]", "scratch=[image]", "protocols=[finetune]", "random=[]"],
-            ["fractions=[0.1]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
+            ["fractions=[0.1]", "scratch=[cnn]", "protocols=[]", "random=[]"],
             ["fractions=[0.01]", "scratch=[patches]", "protocols=[]", "random=[]"],
         ],
     ),
