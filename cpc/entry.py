@@ -32,6 +32,7 @@ from contrastive_core.optim import linear_scaling, square_root_scaling
 from cpc.command_help import help_text
 from cpc.configs import config_folder
 from cpc.fast_precision import fast_precision
+from cpc.freed_memory import keep_freed_memory
 from cpc.interruption import Stopped
 from cpc.prediction import first_disjoint_offset
 from cpc.verbosity import is_main_process, speaking, take_verbosity, versions
@@ -333,6 +334,8 @@ def start_accelerator(
                 f"accelerate's {plugin} is not used here: leave it out of its configuration and pass shard=true"
             )
 
+    if cpu:
+        keep_freed_memory()
     # buffers are each process's own, or equal by construction: DDP must not overwrite them from rank 0
     # (torch 2.14 is about to rename the argument, accelerate 1.15 does not know the new name)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
