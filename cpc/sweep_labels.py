@@ -229,13 +229,24 @@ def has_patches(run: str) -> bool:
     return bool(read_card(run)[1]["input"].get("patch_size"))
 
 
-def other_networks(groups: Mapping[str, Sequence[str]], first: str) -> list[str]:
-    """The methods whose network is another than the first run's, which "image" and "patches" train from scratch."""
+def other_networks(groups: Mapping[str, Sequence[str]], architecture: Any) -> list[str]:
+    """The methods whose network is another than that of an architecture, or whose run is not there to say."""
 
-    def architecture(run: str) -> Any:
-        return read_card(run)[1]["architecture"]
+    def has_it(run: str) -> bool:
+        try:
+            return bool(read_card(run)[1]["architecture"] == architecture)
+        except (FileNotFoundError, ValueError):
+            return False
 
-    return [method for method, runs in groups.items() if architecture(runs[0]) != architecture(first)]
+    return [method for method, runs in groups.items() if not (runs and has_it(runs[0]))]
+
+
+def trained_from_scratch(cells: Path) -> Any:
+    """The architecture that "image" and "patches" in a folder of cells have trained; None where there is neither."""
+    for protocol in OF_THE_SAME_NETWORK:
+        for written in sorted((cells / f"{SCRATCH}-0" / protocol).glob("*.json")):
+            return json.loads(written.read_text())["asked"]["encoder"]["architecture"]
+    return None
 
 
 def take_over_(cfg: DictConfig) -> None:
@@ -446,10 +457,10 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
         missing = sum(not (out / "cells" / cell.file).is_file() for cell in cells)
         before = read_json(out / "summary.json", largest=1 << 26) if (out / "summary.json").is_file() else {}
         about = {**about, "cells": len(results) + missing, "features": features, "failed": failed}
-        # another command's arms are in the folder, too
-        of_others = set(before.get("other_networks", ())) - about["runs"].keys()
-        about["other_networks"] = sorted(of_others | set(about["other_networks"]))
-        about["runs"] = before.get("runs", {}) | about["runs"]
+        about["runs"] = before.get("runs", {}) | about["runs"]  # another command's arms are in the folder, too
+        methods = dict.fromkeys(result.method for result in results if result.method not in (SCRATCH, "random"))
+        groups = {method: about["runs"].get(method, []) for method in methods}
+        about["other_networks"] = other_networks(groups, trained_from_scratch(out / "cells"))
         write_report(out, results, bench.test.labels, about)
 
 
@@ -505,7 +516,7 @@ def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
         watched = ", ".join(probed)
         said.append(f"a kNN probe with labels of training images watched pre-training, for its log alone: {watched}")
     groups, first = grouped_runs(list(cfg.runs)), str(cfg.runs[0])
-    others = other_networks(groups, first)
+    others = other_networks(groups, read_card(first)[1]["architecture"])
     if others and set(cfg.scratch) & set(OF_THE_SAME_NETWORK):
         said.append(f"the network from scratch is that of {first}: {', '.join(others)} is not held against it alone")
     if "patches" in cfg.scratch and not has_patches(first):
@@ -513,7 +524,6 @@ def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "runs": groups,
-        "other_networks": others,
         "train_images": len(bench.labels),
         "test_images": len(bench.test),
         "classes": bench.classes,

@@ -172,6 +172,18 @@ def test_another_command_s_runs_stay_known(configured, runs, tmp_path):
     assert {row["method"] for row in summary["accuracies"]} == {"CPC", "SimCLR", "scratch"}
 
 
+def test_the_same_network_is_that_of_the_cells_whichever_command_made_them(configured, runs, tmp_path):
+    """SimCLR has another: its command trains nothing from scratch, and comes last or first."""
+    few = ["labels=[20]", "seeds=1", "random=[]", "protocols=[knn]"]
+    commands = {"scratch=[image]": slice(0, 1), "scratch=[]": slice(2, 3)}
+    for out, order in (("a", list(commands)), ("b", list(commands)[::-1])):
+        for scratch in order:
+            sweep(configured(*few, scratch, use=commands[scratch], out=out))
+        savings = json.loads((tmp_path / out / "summary.json").read_text())["savings"]
+        assert {row["method"] for row in savings if row["against"] == "same network from scratch"} == {"CPC"}
+        assert {row["method"] for row in savings if row["against"] == "best from scratch"} == {"CPC", "SimCLR"}
+
+
 def test_two_runs_do_not_become_one_curve(configured, tmp_path):
     """Neither with other labels, nor with another protocol, where no cell is asked for that is there."""
     few = ["seeds=1", "random=[]", "scratch=[]"]
