@@ -16,7 +16,10 @@ def keep_freed_memory() -> bool:
 
     By default glibc asks the system for every large tensor and gives it back at once, so that each step's activations
     are new pages which the system has to clear and map one by one. A step asks for the same sizes as the last: kept,
-    they are there. The process holds what it once needed at most. `benchmarks/freed_memory.py` measures both.
+    they are there. The process holds what it once needed at most. `benchmarks/freed_memory.py` measures both. The
+    numbers of the options are those of glibc's malloc.h (mallopt(3)).
+
+    Example: behind it a process that has freed eight tensors of 16 MiB still holds more than 120 MiB of them.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

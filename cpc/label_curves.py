@@ -139,7 +139,11 @@ class ScratchCurve:
 
 
 def scratch_curves(curves: Curves, by: str = "accuracy") -> dict[str, ScratchCurve]:
-    """For `BEST` and `SAME`, where there are any: the best from scratch by "accuracy" or "class_accuracy"."""
+    """For `BEST` and `SAME`, where there are any: the best from scratch by "accuracy" or "class_accuracy".
+
+    Example: of a CNN at 10 and 40 labels, and a worse SVM at 10, 40 and 160, the points are the CNN's at 10 and 40, and
+    160 is left out.
+    """
     scratch = {protocol: curve for (method, protocol), curve in curves.items() if method == SCRATCH}
     same = {protocol: curve for protocol, curve in scratch.items() if protocol in OF_THE_SAME_NETWORK}
     return {name: _best_curve(mine, by) for name, mine in {BEST: scratch, SAME: same}.items() if mine}
@@ -219,6 +223,8 @@ def savings_of(
         truth: `m` int64, the test images' classes.
         per_class: by the mean accuracy of the classes, which also decides which protocol from scratch is the best.
         other_networks: methods whose network is not the one that was trained from scratch: without a row of `SAME`.
+
+    Example: with 10 labels right on the images on which the best from scratch is with 40, an arm saves 4.0.
     """
     rows = []
     weights = balanced(truth) if per_class else None
@@ -259,7 +265,10 @@ def _from_scratch(curve: ArmCurve, labels: int, seeds: Sequence[int], truth: Ten
 
 
 def balanced(truth: Tensor) -> Tensor:
-    """Weights with a mean of 1 that make the mean over images the mean of the classes' accuracies."""
+    """Weights `m` float64 with a mean of 1 that make the mean over images the mean of the classes' accuracies.
+
+    Args: `truth`: `m` int64. Example: of classes 0, 0, 0, 1 the weights are 2/3 three times, and 2.
+    """
     counts = torch.bincount(truth).double()
     present = (counts > 0).sum()
     return (len(truth) / (present * counts.clamp(min=1)))[truth]
