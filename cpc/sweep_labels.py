@@ -4,13 +4,12 @@ A grid of label counts, choices of labels, first weights and protocols, against 
 that start from nothing. Every cell is a file: the same command goes on where it was, on one machine or on many
 (`-m shard=0,1 shards=2 hydra/launcher=joblib`), and draws the curve while it grows.
 
-This is an entry point. What is learned from few labels, and how, is in `cpc.label_protocols` and `cpc.label_bench`;
-what the cells come to, in `cpc.label_curves` and `cpc.label_report`.
+This is an entry point. What is learned from few labels, and how, is in `cpc.label_protocols` and `cpc.label_bench`; the
+cells' files in `cpc.label_cells`; what they come to, in `cpc.label_curves` and `cpc.label_report`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -22,10 +21,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from contrastive_core.data import LabelAmount, sample_ids
-from contrastive_core.evaluate.selection import LabelProtocol, Rows, selection_parts, whole_trials
 from contrastive_core.reading import read_json
 from cpc.encoder_card import read_card
 from cpc.entry import build, check_complete, command, start_accelerator, wants_traceback
@@ -47,8 +44,10 @@ from cpc.label_bench import (
     run_fingerprint,
     usable,
 )
-from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH, read_results
-from cpc.label_protocols import Both, FinetuneProtocol, LatentProtocol, Length, ProbeProtocol
+from cpc.label_cells import CellFolder
+from cpc.label_costs import duration, planned_seconds
+from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH
+from cpc.label_protocols import Both, Length
 from cpc.label_report import write_report
 from cpc.run import plain
 from cpc.run_folder import MAY_CHANGE, check_no_file, differing_keys
@@ -241,14 +240,6 @@ def other_networks(groups: Mapping[str, Sequence[str]], architecture: Any) -> li
     return [method for method, runs in groups.items() if not (runs and has_it(runs[0]))]
 
 
-def trained_from_scratch(cells: Path) -> Any:
-    """The architecture that "image" and "patches" in a folder of cells have trained; None where there is neither."""
-    for protocol in OF_THE_SAME_NETWORK:
-        for written in sorted((cells / f"{SCRATCH}-0" / protocol).glob("*.json")):
-            return json.loads(written.read_text())["asked"]["encoder"]["architecture"]
-    return None
-
-
 def take_over_(cfg: DictConfig) -> None:
     """Fill in what the first run decides: its data where none are given, how large images are, whether they flip."""
     first = str(cfg.runs[0])
@@ -270,96 +261,7 @@ def cells_of(cfg: DictConfig, bench: Bench) -> list[Cell]:
     return [Cell(arm, amount, seed) for arm in arms_of(cfg) for amount, seed in bench.choices]
 
 
-def kept_result(folder: Path, cell: Cell, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """What a finished cell's file says; None where there is none, ValueError where it was made in another way."""
-    written = folder / cell.file
-    if not written.is_file():
-        return None
-    result: dict[str, Any] = json.loads(written.read_text())
-    differing = differing_keys(json.loads(json.dumps(asked)), result["asked"])
-    if differing:
-        raise ValueError(f"{written} was made with another {', '.join(differing)}: pass another out, or remove it")
-    return result
-
-
-def write_cell(folder: Path, cell: Cell, result: dict[str, Any]) -> None:
-    """Write a finished cell's file, whole or not at all."""
-    written = folder / cell.file
-    written.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = written.with_suffix(f".{os.getpid()}.partial")
-    partial_file.write_text(json.dumps(result) + "\n")
-    partial_file.rename(written)
-    failure_file(folder, cell).unlink(missing_ok=True)
-
-
-def failure_file(folder: Path, cell: Cell) -> Path:
-    """Where it stands what went wrong with a cell, for the report, whichever process draws it."""
-    return (folder / cell.file).with_suffix(".failed")
-
-
-def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
-    """How long each cell should take: a few steps, or one probe, of every arm are timed where its labels are fewest.
-
-    It is an estimate: a support vector machine's cost rises faster than its labels, and encoding images as they are,
-    once for all cells, is left out. An arm that cannot be timed takes no time: its cells say what is wrong with it.
-    """
-    seconds: dict[Cell, float] = {}
-    for arm in dict.fromkeys(cell.arm for cell in cells):
-        mine = {cell: bench.choices[cell.amount, cell.seed].indices for cell in cells if cell.arm == arm}
-        fewest = min(mine.values(), key=len)
-        try:
-            protocol = bench.protocol(arm, fewest)
-            copies = seconds_of_copies(protocol)
-            trial, image = timings(protocol, fewest)
-            seconds |= {
-                cell: whole_trials(len(protocol.settings), len(selection_parts(bench.labels[labels])))
-                * trial * protocol.cost(len(labels)) / protocol.cost(len(fewest))
-                + image * len(bench.test) + copies
-                for cell, labels in mine.items()
-            }  # fmt: skip
-        except Exception:
-            seconds |= dict.fromkeys(mine, 0.0)
-    return seconds
-
-
-def seconds_of_copies(protocol: LabelProtocol[Any]) -> float:
-    """Seconds that a cell's augmented copies take to encode, about as many whatever its labels; 0 where it has none."""
-    latents = protocol.first if isinstance(protocol, FinetuneProtocol) else protocol
-    if not isinstance(latents, LatentProtocol):
-        return 0.0
-    began = time.perf_counter()
-    _ = latents.copies
-    return time.perf_counter() - began
-
-
-def timings(protocol: LabelProtocol[Any], chosen: Tensor) -> tuple[float, float]:
-    """Seconds of one whole trial, of a network by a few of its steps, and of classifying one image."""
-
-    def timed(share: float, images: int = 1) -> float:
-        began = time.perf_counter()
-        at = Rows("train", chosen.repeat(-(-images // len(chosen)))[:images])
-        protocol.predict(chosen, at, protocol.settings[0], share, 0)
-        return time.perf_counter() - began
-
-    timed(1e-9)  # what is done once: features
-    if isinstance(protocol, ProbeProtocol):
-        return timed(1.0), 0.0
-    image = max(0.0, timed(1e-9, 65) - timed(1e-9)) / 64
-    steps = protocol.cost(len(chosen))
-    short, longer = min(1.0, 4 / steps), min(1.0, 16 / steps)
-    if longer <= short:
-        return timed(1.0), image
-    return max(0.0, timed(longer) - timed(short)) / (longer - short), image
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them. Example: `duration(7200)` is "2.0 h", `duration(90)` is "90 s"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, str]]:
+def run_cells(bench: Bench, cells: Sequence[Cell], folder: CellFolder) -> Iterator[tuple[Cell, str]]:
     """Run cells and yield each with what went wrong, "" = nothing; says what is left and for how long."""
     planned = planned_seconds(bench, cells)
     # one draw of everything before the next: the curve is there early
@@ -371,13 +273,12 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path) -> Iterator[tup
         wrong = ""
         try:
             result = run_cell(bench, cell)
-            write_cell(folder, cell, result)
+            folder.keep(cell, result)
         except Exception as error:  # whatever it is, the other cells are worth having
             if wants_traceback():
                 raise
             wrong = " ".join(f"{type(error).__name__}: {error}".split())
-            failure_file(folder, cell).parent.mkdir(parents=True, exist_ok=True)
-            failure_file(folder, cell).write_text(f"{cell}: {wrong}\n")
+            folder.keep_failure(cell, wrong)
         took, expected = took + time.perf_counter() - began, expected + planned[cell]
         left = sum(planned[other] for other in order[place + 1 :]) * (took / expected if expected else 1.0)
         said = f"failed: {wrong}" if wrong else f"{result['accuracy']:.3f}"
@@ -423,10 +324,9 @@ def sweep(cfg: DictConfig) -> Path:
     take_over_(cfg)
     check_no_file(Path(cfg.out), "out")
     out, bench = Path(cfg.out), bench_of(cfg)
-    cells, folder = cells_of(cfg, bench), out / "cells"
-    check_folder(out, bench, cells)
-    asked = {cell: bench.asked(cell) for cell in cells}
-    missing = [cell for cell in cells if kept_result(folder, cell, asked[cell]) is None]
+    cells, folder = cells_of(cfg, bench), CellFolder(out / "cells")
+    folder.check(bench, cells)
+    missing = [cell for cell in cells if not folder.finished(cell, bench.asked(cell))]
     mine = [cell for place, cell in enumerate(cells) if place % cfg.shards == cfg.shard and cell in set(missing)]
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(cells)} cells, {len(cells) - len(missing)} are there already")
@@ -447,59 +347,21 @@ def sweep(cfg: DictConfig) -> Path:
 
 def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any]) -> None:
     """Of all cells in the folder, other commands' and other shards' too."""
-    results = read_results(sorted((out / "cells").rglob("*.json")))
+    folder = CellFolder(out / "cells")
+    results = folder.results()
     if results:
         features = {
             "encoded": sum(table.encoded for table in bench.tables.values()),
             "seconds": round(sum(table.seconds for table in bench.tables.values()), 1),
         }
-        failed = [said for file in sorted((out / "cells").rglob("*.failed")) if (said := _text_of(file))]
-        missing = sum(not (out / "cells" / cell.file).is_file() for cell in cells)
+        missing = sum(not folder.has(cell) for cell in cells)
         before = read_json(out / "summary.json", largest=1 << 26) if (out / "summary.json").is_file() else {}
-        about = {**about, "cells": len(results) + missing, "features": features, "failed": failed}
+        about = {**about, "cells": len(results) + missing, "features": features, "failed": folder.failures()}
         about["runs"] = before.get("runs", {}) | about["runs"]  # another command's arms are in the folder, too
         methods = dict.fromkeys(result.method for result in results if result.method not in (SCRATCH, "random"))
         groups = {method: about["runs"].get(method, []) for method in methods}
-        about["other_networks"] = other_networks(groups, trained_from_scratch(out / "cells"))
+        about["other_networks"] = other_networks(groups, folder.trained_from_scratch())
         write_report(out, results, bench.test.labels, about)
-
-
-def _text_of(failure: Path) -> str:
-    """What went wrong with a cell; "" where another process has just made it good."""
-    try:
-        return failure.read_text().strip()
-    except FileNotFoundError:
-        return ""
-
-
-def check_folder(out: Path, bench: Bench, cells: Sequence[Cell]) -> None:
-    """Raise ValueError where cells in the folder cannot stand in one curve with those that are asked for.
-
-    A second command may add arms and label counts. What it may not: other images or another making, another encoder
-    under the name of one that is there, other choices of as many labels.
-    """
-    shared = json.loads(json.dumps(bench.shared))
-    encoders = {
-        _first_weights(cell.arm.method, cell.arm.repeat, cell.arm.protocol): json.loads(json.dumps(asked["encoder"]))
-        for cell in cells
-        if "encoder" in (asked := bench.asked(cell))
-    }
-    choices = {(len(choice.indices), seed): choice.digest for (_, seed), choice in bench.choices.items()}
-    for written in sorted((out / "cells").rglob("*.json")):
-        result = json.loads(written.read_text())
-        differing = differing_keys(shared, result["shared"])
-        name = _first_weights(result["method"], result["repeat"], result["protocol"])
-        if encoders.get(name, there := result["asked"].get("encoder")) != there:
-            differing.append("encoder")
-        if choices.get((result["labels"], result["seed"]), result["split"]) != result["split"]:
-            differing.append(f"choice of {result['labels']} labels")
-        if differing:
-            raise ValueError(f"{written} was made with another {', '.join(differing)}: pass another out, or remove it")
-
-
-def _first_weights(method: str, repeat: int, protocol: str) -> tuple[str, int, str]:
-    """A name for an arm's first weights: all protocols of a run have the same, each from scratch its own."""
-    return method, repeat, protocol if method in (SCRATCH, "random") else ""
 
 
 def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:

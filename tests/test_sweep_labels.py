@@ -12,22 +12,22 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import cpc.label_costs
 import cpc.sweep_labels
 from contrastive_core.data import ImageDataset, LabelAmount, Splits, mnist5k, sample_ids
 from contrastive_core.evaluate.selection import choose_setting
 from cpc import label_bench
 from cpc.configs import config_folder
 from cpc.label_bench import Arm, Cell, choices_of, run_fingerprint, usable
+from cpc.label_costs import duration, planned_seconds
 from cpc.label_protocols import Length
 from cpc.pretrain import pretrain
 from cpc.sweep_labels import (
     bench_of,
     cells_of,
     check_asked,
-    duration,
     grouped_runs,
     lengths_of,
-    planned_seconds,
     sweep,
     take_over_,
 )
@@ -610,6 +610,18 @@ def test_a_plan_is_told_in_time_for_every_cell(configured):
     # 40 labels of 4 a class are judged in three folds, 20 in two
     few, more = (Cell(Arm("CPC", "finetune", str(cfg.runs[0])), LabelAmount("labels", n), 0) for n in (20, 40))
     assert planned[more] > planned[few]
+
+
+def test_a_plan_counts_every_trial_in_every_fold_the_test_images_and_the_copies(bench, runs, monkeypatch):
+    """Two settings: 20 labels, 2 a class, are 2 x 2 trials and the last fit, 40 in three folds 3 x 2 and it."""
+    made = bench("labels=[20,40]", "seeds=1")
+    monkeypatch.setattr(cpc.label_costs, "timings", lambda protocol, chosen: (2.0, 0.01))
+    monkeypatch.setattr(cpc.label_costs, "seconds_of_copies", lambda protocol: 3.0)
+    arms = [Arm("scratch", "cnn", str(runs[0])), Arm("CPC", "linear", str(runs[0]))]
+    cells = [Cell(arm, LabelAmount("labels", labels), 0) for arm in arms for labels in (20, 40)]
+    # a network takes as many steps for either, a probe's cost rises with its labels; 1,000 test images
+    seconds = [5 * 2 + 10 + 3, 7 * 2 + 10 + 3, 5 * 2 + 10 + 3, 7 * 2 * 2 + 10 + 3]
+    assert planned_seconds(made, cells) == pytest.approx(dict(zip(cells, seconds, strict=True)))
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (90, "90 s"), (600, "10 min"), (7200, "2.0 h")])

@@ -1,0 +1,115 @@
+"""The folder of a label sweep: a file for every cell that is done, and one for what went wrong with a cell.
+
+Whatever command or process comes to the folder, cells that are there are skipped, and stand in one curve with the new.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpc.label_bench import Bench, Cell
+from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH, CellResult, read_results
+from cpc.run_folder import differing_keys
+
+
+@dataclass(frozen=True)
+class CellFolder:
+    """The files of all cells below `path`, whichever command has made them."""
+
+    path: Path
+
+    def has(self, cell: Cell) -> bool:
+        """Whether a cell is done."""
+        return (self.path / cell.file).is_file()
+
+    def finished(self, cell: Cell, asked: dict[str, Any]) -> bool:
+        """Whether a cell is done in the way that is asked for (`Bench.asked`); ValueError if in another way."""
+        if not self.has(cell):
+            return False
+        there = json.loads((self.path / cell.file).read_text())["asked"]
+        self._refuse(self.path / cell.file, differing_keys(_as_written(asked), there))
+        return True
+
+    def keep(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Write a finished cell's file, whole or not at all."""
+        written = self.path / cell.file
+        written.parent.mkdir(parents=True, exist_ok=True)
+        partial = written.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(result) + "\n")
+        partial.rename(written)
+        self._failure(cell).unlink(missing_ok=True)
+
+    def keep_failure(self, cell: Cell, wrong: str) -> None:
+        """Write down what went wrong with a cell, for the report, whichever process draws it."""
+        self._failure(cell).parent.mkdir(parents=True, exist_ok=True)
+        self._failure(cell).write_text(f"{cell}: {wrong}\n")
+
+    def results(self) -> list[CellResult]:
+        """Of all cells that are done."""
+        return read_results(self._files())
+
+    def failures(self) -> list[str]:
+        """What went wrong with cells that are not done since, a line each."""
+        said = []
+        for file in sorted(self.path.rglob("*.failed")):
+            try:
+                said.append(file.read_text().strip())
+            except FileNotFoundError:  # another process has just made it good
+                continue
+        return said
+
+    def check(self, bench: Bench, cells: Sequence[Cell]) -> None:
+        """Raise ValueError where cells that are there cannot stand in one curve with those that are asked for.
+
+        A second command may add arms and label counts. What it may not: other images or another making, another encoder
+        under the name of one that is there, other choices of as many labels.
+        """
+        shared = _as_written(bench.shared)
+        encoders = {
+            _first_weights(cell.arm.method, cell.arm.repeat, cell.arm.protocol): _as_written(asked["encoder"])
+            for cell in cells
+            if "encoder" in (asked := bench.asked(cell))
+        }
+        choices = {(len(choice.indices), seed): choice.digest for (_, seed), choice in bench.choices.items()}
+        for written in self._files():
+            result = json.loads(written.read_text())
+            differing = differing_keys(shared, result["shared"])
+            name = _first_weights(result["method"], result["repeat"], result["protocol"])
+            if encoders.get(name, there := result["asked"].get("encoder")) != there:
+                differing.append("encoder")
+            if choices.get((result["labels"], result["seed"]), result["split"]) != result["split"]:
+                differing.append(f"choice of {result['labels']} labels")
+            self._refuse(written, differing)
+
+    def trained_from_scratch(self) -> Any:
+        """The architecture that "image" and "patches" have trained; None where there is neither."""
+        for protocol in OF_THE_SAME_NETWORK:
+            for written in sorted((self.path / f"{SCRATCH}-0" / protocol).glob("*.json")):
+                return json.loads(written.read_text())["asked"]["encoder"]["architecture"]
+        return None
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.rglob("*.json"))
+
+    def _failure(self, cell: Cell) -> Path:
+        return (self.path / cell.file).with_suffix(".failed")
+
+    @staticmethod
+    def _refuse(written: Path, differing: Sequence[str]) -> None:
+        if differing:
+            raise ValueError(f"{written} was made with another {', '.join(differing)}: pass another out, or remove it")
+
+
+def _first_weights(method: str, repeat: int, protocol: str) -> tuple[str, int, str]:
+    """A name for an arm's first weights: all protocols of a run have the same, each from scratch its own."""
+    return method, repeat, protocol if method in (SCRATCH, "random") else ""
+
+
+def _as_written(value: Any) -> Any:
+    """As it comes back from a file: tuples are lists there."""
+    return json.loads(json.dumps(value))

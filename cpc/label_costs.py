@@ -1,0 +1,75 @@
+"""How long the cells of a label sweep will take, from a few timed steps of every arm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from contrastive_core.evaluate.selection import LabelProtocol, Rows, selection_parts, whole_trials
+from cpc.label_bench import Bench, Cell
+from cpc.label_protocols import FinetuneProtocol, LatentProtocol, ProbeProtocol
+
+
+def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
+    """How long each cell should take: a few steps, or one probe, of every arm are timed where its labels are fewest.
+
+    It is an estimate: a support vector machine's cost rises faster than its labels, and encoding images as they are,
+    once for all cells, is left out. An arm that cannot be timed takes no time: its cells say what is wrong with it.
+    """
+    seconds: dict[Cell, float] = {}
+    for arm in dict.fromkeys(cell.arm for cell in cells):
+        mine = {cell: bench.choices[cell.amount, cell.seed].indices for cell in cells if cell.arm == arm}
+        fewest = min(mine.values(), key=len)
+        try:
+            protocol = bench.protocol(arm, fewest)
+            copies = seconds_of_copies(protocol)
+            trial, image = timings(protocol, fewest)
+            seconds |= {
+                cell: whole_trials(len(protocol.settings), len(selection_parts(bench.labels[labels])))
+                * trial * protocol.cost(len(labels)) / protocol.cost(len(fewest))
+                + image * len(bench.test) + copies
+                for cell, labels in mine.items()
+            }  # fmt: skip
+        except Exception:
+            seconds |= dict.fromkeys(mine, 0.0)
+    return seconds
+
+
+def seconds_of_copies(protocol: LabelProtocol[Any]) -> float:
+    """Seconds that a cell's augmented copies take to encode, about as many whatever its labels; 0 where it has none."""
+    latents = protocol.first if isinstance(protocol, FinetuneProtocol) else protocol
+    if not isinstance(latents, LatentProtocol):
+        return 0.0
+    began = time.perf_counter()
+    _ = latents.copies
+    return time.perf_counter() - began
+
+
+def timings(protocol: LabelProtocol[Any], chosen: Tensor) -> tuple[float, float]:
+    """Seconds of one whole trial, of a network by a few of its steps, and of classifying one image."""
+
+    def timed(share: float, images: int = 1) -> float:
+        began = time.perf_counter()
+        at = Rows("train", chosen.repeat(-(-images // len(chosen)))[:images])
+        protocol.predict(chosen, at, protocol.settings[0], share, 0)
+        return time.perf_counter() - began
+
+    timed(1e-9)  # what is done once: features
+    if isinstance(protocol, ProbeProtocol):
+        return timed(1.0), 0.0
+    image = max(0.0, timed(1e-9, 65) - timed(1e-9)) / 64
+    steps = protocol.cost(len(chosen))
+    short, longer = min(1.0, 4 / steps), min(1.0, 16 / steps)
+    if longer <= short:
+        return timed(1.0), image
+    return max(0.0, timed(longer) - timed(short)) / (longer - short), image
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them. Example: `duration(7200)` is "2.0 h", `duration(90)` is "90 s"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
