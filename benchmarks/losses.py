@@ -1,6 +1,6 @@
 """Time and memory of the contrastive losses, beside the plain dense version and beside other libraries.
 
-    python benchmarks/losses.py                   # all figures, about ten minutes on two cores
+    python benchmarks/losses.py                   # all figures, 8 minutes on two cores
     python benchmarks/losses.py --only 1,3        # some of them
     python benchmarks/losses.py --plot            # docs/losses.png from what was recorded
 

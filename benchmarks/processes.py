@@ -1,6 +1,6 @@
 """One process against two and four: the same samples, the same weights, for every method.
 
-    python benchmarks/processes.py        # 10 minutes on two cores; writes reliability/processes.json
+    python benchmarks/processes.py        # 5 minutes on two cores; writes reliability/processes.json
 
 Every method as `tools/pretrain.py` builds it, with a small encoder, through the loop of a run, on the bundled digits:
 global batches of 16, the seed's own order and augmentations, BatchNorm over the joint batch (MoCo: the same number of
