@@ -42,7 +42,7 @@ from contrastive_core.optim import square_root_scaling
 from contrastive_core.plots import format_table, save_figure
 from contrastive_core.run_log import read_metrics
 from cpc.encoder_card import read_card
-from cpc.entry import build, check_complete, command, config_search, start_accelerator, wants_traceback
+from cpc.entry import Incomplete, build, check_complete, command, config_search, start_accelerator, wants_traceback
 from cpc.evaluate import extract, labelled
 from cpc.features import load_encoder, load_head
 from cpc.pretrain import pretrain
@@ -365,7 +365,7 @@ def values_of(grid: Grid, results: Sequence[tuple[Cell, dict[str, Any]]], number
 
 
 def ablate(cfg: DictConfig) -> Path:
-    """Run what is left of a grid; returns its folder. Exits with 1 if a cell failed."""
+    """Run what is left of a grid; returns its folder. Raises Incomplete if a cell failed."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a grid runs in one process: python tools/ablate.py, without accelerate launch")
     if OmegaConf.is_missing(cfg, "out"):
@@ -383,8 +383,7 @@ def ablate(cfg: DictConfig) -> Path:
     if len(failed) < len(cells):
         print(f"written to {out}: results.csv, results.json, results.md, figure.png")
     if failed:
-        print(f"{len(failed)} of {len(cells)} cells failed: the same command tries them again", file=sys.stderr)
-        sys.exit(1)
+        raise Incomplete(f"{len(failed)} of {len(cells)} cells failed: the same command tries them again")
     return out
 
 

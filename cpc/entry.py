@@ -24,6 +24,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -74,6 +75,13 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
 }
 
 
+class Incomplete(Exception):
+    """What a job raises where a part of its work failed and the rest is done and kept: a line, and exit code 1.
+
+    Of jobs side by side (`--multirun`) the others go on: the launcher hears of it when all are done.
+    """
+
+
 def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type) -> Callable[[], None]:
     """A `main()` that composes configs/`config_name`.yaml with the command line and hands it to `job`.
 
@@ -107,6 +115,10 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
         except KeyboardInterrupt:  # before a run has begun to listen, or twice
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        except Incomplete as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # an exit would take the other jobs along
+                raise
+            sys.exit(_said(error))
         except Stopped:  # which all processes are at once; after an error the others may never answer
             _leave_group()
             raise
@@ -133,6 +145,8 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
             try:
                 level, sys.argv[1:] = take_verbosity(overrides_first(sys.argv[1:]))
                 entry()
+            except Incomplete as error:
+                sys.exit(_said(error))
             except Exception as error:
                 # whatever hydra raises before the job begins is about the command line: its parser asserts, too
                 if composed or wants_traceback():
@@ -140,6 +154,11 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
                 sys.exit(told(error))
 
     return main
+
+
+def _said(error: Incomplete) -> int:
+    print(error, file=sys.stderr)
+    return 1
 
 
 def overrides_first(arguments: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ remember them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +71,14 @@ class FrozenEncoder(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
         self.mode = mode or ("patches" if patch_size else "image")
         self.readout = readout
+        self._learns = [name for name, weight in self.named_parameters() if weight.requires_grad]
+
+    def thawed(self) -> FrozenEncoder:
+        """A copy that learns, but for what is fixed as it is built: the patch projection of MoCo's ViT."""
+        copied = copy.deepcopy(self)
+        for name in self._learns:
+            copied.get_parameter(name).requires_grad_(True)
+        return copied
 
     @property
     def batch_size(self) -> int:

@@ -82,8 +82,12 @@ def train_(
         steps=steps,
         schedule=warmup_cosine,
     )
-    for _ in taken:
-        pass
+    try:
+        for _ in taken:
+            pass
+    except FloatingPointError as error:
+        what = str(error).partition(":")[0]
+        raise FloatingPointError(f"{what}: pass settings with a lower learning rate") from None
     return network.eval()
 
 

@@ -13,7 +13,6 @@ once for all cells (`FeatureTable`); a frozen encoder's augmented latents once f
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -130,16 +129,21 @@ class ProbeProtocol:
 
 
 def linear(train_x: Tensor, train_y: Tensor, x: Tensor, setting: Setting) -> Tensor:
-    """`linear_probe` on latents `n rows cols d` pooled into `setting["cells"]` x cells."""
-    pooled = [pool_grid(latents, int(setting["cells"])) for latents in (train_x, x)]
+    """`linear_probe` on latents `n rows cols d` pooled into `setting["cells"]` x cells, or as many as there are."""
+    pooled = [_pooled(latents, setting) for latents in (train_x, x)]
     return linear_probe(pooled[0], train_y, pooled[1], _unknown(x)).predictions
 
 
 def nearest(train_x: Tensor, train_y: Tensor, x: Tensor, setting: Setting) -> Tensor:
     """The vote of the `setting["neighbours"]` nearest, on pooled latents as `linear`."""
-    pooled = [pool_grid(latents, int(setting["cells"])) for latents in (train_x, x)]
+    pooled = [_pooled(latents, setting) for latents in (train_x, x)]
     centre = pooled[0].mean(0)  # latents behind a ReLU all point one way
     return knn_predictions(pooled[0] - centre, train_y, pooled[1] - centre, neighbours=int(setting["neighbours"]))
+
+
+def _pooled(latents: Tensor, setting: Setting) -> Tensor:
+    """A trunk that ends in one cell has no two: settings are for encoders of every kind."""
+    return pool_grid(latents, min(int(setting["cells"]), *latents.shape[1:3]))
 
 
 def logistic(train_x: Tensor, train_y: Tensor, x: Tensor, setting: Setting) -> Tensor:
@@ -355,7 +359,7 @@ class FinetuneProtocol:
         training = self.training
         with seeded(seed, self.training.accelerator):
             classifier = self.first.first_phase(fit, setting, share, seed)
-            encoder = copy.deepcopy(self.first.encoder).requires_grad_(True)
+            encoder = self.first.encoder.thawed()
             both = Together([
                 momentum_sgd(classifier, setting["lr"] / 10, setting["weight_decay"]),
                 Adam(encoder.parameters(), lr=setting["encoder_lr"]),

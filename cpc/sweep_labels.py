@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from contrastive_core.data import LabelAmount, sample_ids
 from contrastive_core.reading import read_json
 from cpc.encoder_card import read_card
-from cpc.entry import build, check_complete, command, start_accelerator, wants_traceback
+from cpc.entry import Incomplete, build, check_complete, command, start_accelerator, wants_traceback
 from cpc.evaluate import labelled
 from cpc.features import MODES
 from cpc.finetune import run_augmentation
@@ -46,7 +46,7 @@ from cpc.label_bench import (
 )
 from cpc.label_cells import CellFolder
 from cpc.label_costs import duration, planned_seconds
-from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH
+from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH, CellResult
 from cpc.label_protocols import Both, Length
 from cpc.label_report import write_report
 from cpc.run import plain
@@ -317,7 +317,7 @@ def bench_of(cfg: DictConfig) -> Bench:
 
 
 def sweep(cfg: DictConfig) -> Path:
-    """Run what is left of this process's share of the grid; returns the folder. Exits with 1 if a cell failed."""
+    """Run what is left of this process's share of the grid; returns the folder. Raises Incomplete if a cell failed."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a sweep's processes are shards: pass -m shard=0,1 shards=2, without accelerate launch")
     check_asked(cfg)
@@ -340,8 +340,7 @@ def sweep(cfg: DictConfig) -> Path:
             drawn = time.monotonic()
     _report(out, cells, bench, about)
     if failed:
-        print(f"{len(failed)} of {len(mine)} cells failed: the same command tries them again", file=sys.stderr)
-        sys.exit(1)
+        raise Incomplete(f"{len(failed)} of {len(mine)} cells failed: the same command tries them again")
     return out
 
 
@@ -361,7 +360,19 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
         methods = dict.fromkeys(result.method for result in results if result.method not in (SCRATCH, "random"))
         groups = {method: about["runs"].get(method, []) for method in methods}
         about["other_networks"] = other_networks(groups, folder.trained_from_scratch())
+        about["notes"] = [*about["notes"], *lengths_from_scratch(bench.plan, results)]
         write_report(out, results, bench.test.labels, about)
+
+
+def lengths_from_scratch(plan: Plan, results: Sequence[CellResult]) -> list[str]:
+    """How long the networks from scratch were trained, with the fewest labels and with the most."""
+    trained = {cell.labels for cell in results if cell.method == SCRATCH and cell.protocol in NETWORKS}
+    said = []
+    for labels in sorted({min(trained), max(trained)}) if trained else ():
+        steps = plan.lengths["scratch"].steps(labels, plan.batch_size)
+        passes = steps * min(plan.batch_size, labels) / labels
+        said.append(f"{steps:,} steps with {labels:,} labels, {passes:,.0f} passes over them")
+    return [f"networks from scratch are trained for {' and '.join(said)}: scratch_times"] if said else []
 
 
 def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:

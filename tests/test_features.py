@@ -9,7 +9,7 @@ from torch import nn
 
 import cpc
 from contrastive_core.checkpoint import export_encoder
-from contrastive_core.encoders import TorchvisionTrunk
+from contrastive_core.encoders import MoCoViT, TorchvisionTrunk
 from cpc.context import ContextNetwork
 from cpc.encoder_card import build_encoder, constructors, parts_card, parts_of
 from cpc.encoders import resnet_small
@@ -75,6 +75,21 @@ def test_it_is_frozen(run):
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert not encoder(images()).requires_grad
     assert isinstance(encoder, nn.Module)
+
+
+def test_thawed_it_learns_what_its_architecture_lets_learn(run, tmp_path):
+    """MoCo's ViT keeps its patch projection as it was built, fine-tuned too."""
+    frozen = load_encoder(run)
+    assert all(weight.requires_grad for weight in frozen.thawed().parameters())
+    assert not any(weight.requires_grad for weight in frozen.parameters())
+
+    arguments = {"image_size": 16, "patch_size": 4, "dim": 24, "depth": 2, "heads": 3}
+    card = {"architecture": {"name": "contrastive_core.encoders.MoCoViT", "arguments": arguments}, "dim": 24}
+    inputs = {"image_size": 16, "patch_size": None, "stride": None, "mean": INPUT["mean"], "std": INPUT["std"]}
+    export_encoder(tmp_path, MoCoViT(**arguments), card | {"input": inputs})
+    thawed = load_encoder(tmp_path).thawed()
+    kept = [name for name, weight in thawed.named_parameters() if not weight.requires_grad]
+    assert kept == ["encoder.trunk.patch_embed.proj.weight", "encoder.trunk.patch_embed.proj.bias"]
 
 
 @pytest.mark.parametrize("mode", ["patches", "image"])

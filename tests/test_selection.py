@@ -260,3 +260,16 @@ def test_a_shuffled_copy_chooses_alike_and_tries_the_same_images():
         again = choose_setting(other, back[chosen].sort().values, labels[order], seed=2, ids=ids[order])
         assert first == again
         assert one.asked == other.asked
+
+
+def test_a_setting_that_diverges_in_one_fold_is_worst():
+    class Diverges:
+        settings = ("bad", "worse than nothing")
+
+        def predict(self, fit, at, setting, share, seed):
+            if setting == "bad" and 0 in at.indices:
+                raise FloatingPointError
+            return torch.full((len(at.indices),), 9 if setting != "bad" else 0)
+
+    labels = torch.arange(2).repeat(5)
+    assert choose_setting(Diverges(), torch.arange(10), labels, seed=0) == "worse than nothing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 
 import hydra
@@ -18,9 +19,10 @@ from contrastive_core.data import ImageDataset, LabelAmount, Splits, mnist5k, sa
 from contrastive_core.evaluate.selection import choose_setting
 from cpc import label_bench
 from cpc.configs import config_folder
+from cpc.entry import Incomplete
 from cpc.label_bench import Arm, Cell, choices_of, run_fingerprint, usable
 from cpc.label_costs import duration, planned_seconds
-from cpc.label_protocols import Length
+from cpc.label_protocols import Length, linear, nearest
 from cpc.pretrain import pretrain
 from cpc.sweep_labels import (
     bench_of,
@@ -35,7 +37,7 @@ from cpc.sweep_labels import (
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
 
 SMALL = ["threads=1", "device=cpu", "cnn.widths=[4,4]", "classifier.width=4", "encodings=40", "batch_size=10"]
-STEPS = ["steps.classifier={least:2,passes:0,most:2}", "steps.finetune={least:1,passes:0,most:1}"]
+STEPS = ["steps.classifier={least:2,passes:0,most:2}", "steps.finetune={least:1,passes:0,most:1}", "scratch_times=1"]
 """Of few steps: what these networks learn is nobody's business here."""
 
 
@@ -253,12 +255,10 @@ def test_a_cell_that_breaks_is_told_and_does_not_stop_the_rest(configured, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(cpc.sweep_labels, "run_cell", broken)
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(Incomplete, match="2 of 8 cells failed: the same command tries them again"):
             sweep(configured(*QUICK))
-    assert stopped.value.code == 1
     told = capsys.readouterr()
     assert "CPC knn: labels=40, seed 1: failed: RuntimeError: out of luck; 0 cells left" in told.out
-    assert "2 of 8 cells failed: the same command tries them again" in told.err
     report = tmp_path / "out/report.md"
     assert "failed: CPC knn: labels=20, seed 1: RuntimeError: out of luck" in report.read_text()
     assert len(files(tmp_path / "out")) == 6
@@ -270,10 +270,60 @@ def test_a_cell_that_breaks_is_told_and_does_not_stop_the_rest(configured, tmp_p
 
 
 def test_an_arm_that_cannot_even_be_timed_does_not_stop_the_rest(configured, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        sweep(configured(*QUICK, "settings.knn=[{neighbours:5,cells:99}]"))
+    with pytest.raises(Incomplete):
+        sweep(configured(*QUICK, "settings.knn=[{neighbours:5,cells:0}]"))
     assert len(files(tmp_path / "out")) == 4
-    assert "into 99 x 99 cells" in (tmp_path / "out/report.md").read_text()
+    assert "into 0 x 0 cells" in (tmp_path / "out/report.md").read_text()
+
+
+DIVERGES = "{lr:1e30,weight_decay:0.0}"
+WORKS = "{lr:2e-3,weight_decay:0.0}"
+
+
+def test_a_setting_that_diverges_is_not_chosen(configured, tmp_path):
+    """It is tried first, and with one label a class it would be taken."""
+    cnn = ["labels=[20]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
+    sweep(configured(*cnn, f"settings.scratch=[{DIVERGES},{WORKS}]", "scratch_times=2"))
+    (cell,) = files(tmp_path / "out")
+    assert json.loads(cell.read_text())["setting"] == {"lr": 2e-3, "weight_decay": 0.0}
+
+
+def test_a_cell_of_settings_that_all_diverge_says_what_to_pass(configured, capsys):
+    cnn = ["labels=[20]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
+    with pytest.raises(Incomplete, match="1 of 1 cells failed: the same command tries them again"):
+        sweep(configured(*cnn, f"settings.scratch=[{DIVERGES}]", "scratch_times=2"))
+    said = r"scratch cnn: labels=20, seed 0: failed: FloatingPointError: the .* at step \d+: pass settings with a lower"
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_a_failed_cell_leaves_the_other_shards_alone(runs, tmp_path, run_tool):
+    """Shard 0 has the cells of 20 labels, whose CNN diverges; shard 1 comes after it."""
+    cells = ["labels=[20,40]", "seeds=1", "scratch=[cnn,svm]", "random=[]", "protocols=[]"]
+    diverges = [f"settings.scratch=[{DIVERGES}]", "scratch_times=2"]
+    shards = ["-m", "shard=0,1", "shards=2"]
+    done = run_tool(
+        "tools/sweep_labels.py", f"runs={runs[0]}", *SMALL, *STEPS[:2], *cells, *diverges, *shards, "out=out"
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "1 of 2 cells failed: the same command tries them again"
+    assert {path.parent.name for path in files(tmp_path / "out")} == {"svm"}
+    assert len(files(tmp_path / "out")) == 2
+
+
+def test_the_report_says_how_long_networks_from_scratch_were_trained(configured, tmp_path):
+    sweep(configured("labels=[20,40]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"))
+    sweep(configured("labels=[20]", "seeds=1", "scratch=[svm]", "random=[]", "protocols=[]"))
+    said = "networks from scratch are trained for 3 steps with 20 labels, 2 passes over them and 3 steps with 40 labels"
+    assert said in (tmp_path / "out/report.md").read_text()
+
+
+def test_an_encoder_of_one_cell_is_read_whole():
+    """Settings begin with 2 x 2 cells, which the trunks of whole images at 32 px do not have."""
+    x = torch.randn(20, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(2).repeat(10)
+    x[:, 0, 0, 0] += 10 * labels
+    assert torch.equal(linear(x, labels, x, {"cells": 2}), labels)
+    assert torch.equal(nearest(x, labels, x, {"neighbours": 1, "cells": 2}), labels)
 
 
 def test_cells_of_another_making_are_refused(configured, tmp_path):
@@ -681,10 +731,10 @@ def test_more_labels_train_longer_up_to_a_bound(labels, steps):
 
 
 def test_from_scratch_is_trained_as_long_as_both_phases_at_any_number_of_labels():
-    lengths = lengths_of(composed("sweep_labels", "runs=[a]", "out=b", "steps.finetune.passes=50"))
+    lengths = lengths_of(composed("sweep_labels", "runs=[a]", "out=b", "steps.finetune.passes=50", "scratch_times=1"))
     for labels in (10, 200, 640, 700, 800, 850, 993, 1000, 1011, 10_000, 100_000):
         phases = [lengths[name].steps(labels, 32) for name in ("classifier", "finetune")]
         assert lengths["scratch"].steps(labels, 32) == sum(phases)
-    twice = lengths_of(composed("sweep_labels", "runs=[a]", "out=b", "scratch_times=2"))
-    assert twice["scratch"].steps(40, 32) == 800
-    assert twice["head"].steps(40, 32) == 400
+    tenfold = lengths_of(composed("sweep_labels", "runs=[a]", "out=b"))
+    assert tenfold["scratch"].steps(40, 32) == 4000
+    assert tenfold["head"].steps(40, 32) == 400

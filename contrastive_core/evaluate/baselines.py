@@ -5,6 +5,7 @@ Each classifier has the signature of `linear_probe` and chooses its settings by 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ def svm_probe(
     """Support vectors with a Gaussian kernel; cost C and width gamma by cross-validation. `regularisation` is 1 / C.
 
     x: `n d` and `m d`, not standardised: pixels in [0, 1] as they are. Meant for a few thousand rows at most.
+
+    Of the settings within a standard error of the best, the nearest to C = 10 and scikit-learn's gamma: with 40 digits
+    the best of fifteen is mostly luck, and 4 points worse than those two as they are.
     """
     from sklearn.svm import SVC
 
@@ -40,11 +44,14 @@ def svm_probe(
         with few_rows_a_class():
             return SVC(C=cost, gamma=gamma).fit(train[rows], labels[rows])
 
-    scores = [
-        np.mean([fitted(*setting, fit).score(train[held], labels[held]) for fit, held in parts]) if parts else 0.0
-        for setting in settings
-    ]
-    cost, gamma = settings[int(np.argmax(scores))] if parts else (10.0, scale)
+    def score(setting: tuple[float, float]) -> float:
+        return float(np.mean([fitted(*setting, fit).score(train[held], labels[held]) for fit, held in parts]))
+
+    scores = {setting: score(setting) if parts else 0.0 for setting in settings}
+    best = max(scores.values())
+    error = math.sqrt(best * (1 - best) / max(1, sum(len(held) for _, held in parts)))
+    as_good = [setting for setting in settings if scores[setting] >= best - error]
+    cost, gamma = min(as_good, key=lambda setting: abs(math.log(setting[0] / 10)) + abs(math.log(setting[1] / scale)))
     model = fitted(cost, gamma, slice(None))
     return scored(model.predict(test_x.float().numpy()), test_y, 1 / cost)
 

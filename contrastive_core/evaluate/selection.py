@@ -85,8 +85,8 @@ def successive_halving(
     Args:
         settings: to choose from, at least one; of equals the first is kept.
         score: `score(setting, share)` tries a setting for a share of the steps; higher is better, NaN is worst.
-        shares: rising, at most 1. For few settings the first ones are left out: the last choice is between two or less
-            that have had the last share.
+        shares: rising, at most 1. For few settings the first ones are left out: of eight or fewer, the last choice is
+            between two or less that have had the last share.
 
     Raises ValueError for no settings, and shares that do not rise up to 1 at most.
 
@@ -142,7 +142,8 @@ def choose_setting(
         seed: of the parting, and of every trial.
         ids: `n` int64, the images' identities; None = their indices.
 
-    With one label a class there is nothing to judge by: the first setting, which was fixed beforehand.
+    With one label of some class there is nothing to judge by: the first setting, which was fixed beforehand. A setting
+    whose training diverges (FloatingPointError) is worst.
 
     Example: of one setting, that one, without a trial.
     """
@@ -156,7 +157,10 @@ def choose_setting(
         right = 0
         for part in parts:
             held = chosen[part.held]
-            predictions = protocol.predict(chosen[part.fit], Rows("train", held), setting, share, seed)
+            try:
+                predictions = protocol.predict(chosen[part.fit], Rows("train", held), setting, share, seed)
+            except FloatingPointError:
+                return math.nan
             right += int((predictions == labels[held]).sum())
         return right / sum(len(part.held) for part in parts)
 
