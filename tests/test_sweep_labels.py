@@ -12,10 +12,20 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_digits import small_digits
 
 import cpc.label_costs
 import cpc.sweep_labels
-from contrastive_core.data import ImageDataset, LabelAmount, Splits, mnist5k, sample_ids
+from contrastive_core.data import (
+    ImageDataset,
+    LabelAmount,
+    Splits,
+    labels_per_class,
+    mnist5k,
+    parquet,
+    sample_ids,
+    split_digest,
+)
 from contrastive_core.evaluate.selection import choose_setting
 from cpc import label_bench
 from cpc.configs import config_folder
@@ -53,11 +63,12 @@ def pretrained(folder, name, *overrides):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two CPC runs that differ in the seed, and a SimCLR run with a head; one step each."""
+    """Two CPC runs that differ in the seed, and a SimCLR run with a head; one step each, 1,000 digits, 100 to test."""
     folder = tmp_path_factory.mktemp("runs")
-    small = ["steps=1", "method.context.width=8", "method.context.layers=1"]
-    cpc_runs = [pretrained(folder / f"cpc{seed}", "pretrain_cpc", *small, f"seed={seed}") for seed in (0, 1)]
-    return [*cpc_runs, pretrained(folder / "simclr", "pretrain", "steps=1", "method=simclr", "probe_every=5")]
+    common = ["steps=1", *small_digits(folder, train=100, test=10)]
+    small = ["method.context.width=8", "method.context.layers=1"]
+    cpc_runs = [pretrained(folder / f"cpc{seed}", "pretrain_cpc", *common, *small, f"seed={seed}") for seed in (0, 1)]
+    return [*cpc_runs, pretrained(folder / "simclr", "pretrain", *common, "method=simclr", "probe_every=5")]
 
 
 @pytest.fixture
@@ -96,7 +107,7 @@ def files(folder):
 def swept(runs, tmp_path_factory):
     """A sweep with every protocol and every kind of first weights, in its folder."""
     out = tmp_path_factory.mktemp("sweep")
-    few = ["labels=[20]", "fractions=[0.0025]", "seeds=2", "random=[knn]"]
+    few = ["labels=[20]", "fractions=[0.01]", "seeds=2", "random=[knn]"]
     protocols = "protocols=[linear,knn,classifier,finetune,head]"
     cfg = composed("sweep_labels", f"runs=[{','.join(map(str, runs))}]", f"out={out}", *SMALL, *STEPS, *few, protocols)
     return sweep(cfg)
@@ -118,19 +129,21 @@ def test_every_arm_has_a_cell_for_every_choice_of_labels(swept, runs):
     assert ("random", "knn", "0") in arms
     assert len(rows) == len(arms) * 4
     assert {(row["amount"], row["labels"], row["seed"]) for row in rows} == {
-        (amount, labels, seed) for amount, labels in (("labels=20", "20"), ("fraction=0.0025", "10")) for seed in "01"
+        (amount, labels, seed) for amount, labels in (("labels=20", "20"), ("fraction=0.01", "10")) for seed in "01"
     }
     assert list(rows[0])[:8] == ["method", "protocol", "repeat", "amount", "labels", "fraction", "seed", "split"]
 
 
-def test_the_same_labels_for_every_arm_and_their_digest_beside_them(swept):
+def test_the_same_labels_for_every_arm_and_their_digest_beside_them(swept, runs):
     with (swept / "label_efficiency.csv").open() as file:
         rows = list(csv.DictReader(file))
     splits = {}
     for row in rows:
         splits.setdefault((row["amount"], row["seed"]), set()).add(row["split"])
     assert all(len(digests) == 1 for digests in splits.values())
-    assert "4992e15463e9" in splits["labels=20", "0"], "two labels a class, as tools/finetune.py chooses them"
+    digits = parquet(runs[0].parent / "train.parquet", size=28).train
+    chosen = labels_per_class(digits.labels, 2, ids=sample_ids(digits))  # as tools/finetune.py chooses them
+    assert splits["labels=20", "0"] == {split_digest(sample_ids(digits), digits.labels, chosen)}
     assert all(digest in (swept / "report.md").read_text() for digests in splits.values() for digest in digests)
 
 
@@ -154,7 +167,7 @@ def test_the_summary_says_what_is_saved_and_what_is_not_known(swept, runs):
 
 def test_a_second_time_nothing_is_done_again(swept, runs, capsys):
     before = files(swept)
-    few = ["labels=[20]", "fractions=[0.0025]", "seeds=2", "random=[knn]"]
+    few = ["labels=[20]", "fractions=[0.01]", "seeds=2", "random=[knn]"]
     protocols = "protocols=[linear,knn,classifier,finetune,head]"
     folders = ",".join(map(str, runs))
     sweep(composed("sweep_labels", f"runs=[{folders}]", f"out={swept}", *SMALL, *STEPS, *few, protocols))
@@ -369,7 +382,7 @@ def test_contexts_are_read_out_of_cpc_alone(bench, runs):
     for method, protocol in (("CPC", "finetune"), ("scratch", "patches"), ("random", "linear")):
         cell = Cell(Arm(method, protocol, str(runs[0])), LabelAmount("labels", 20), 0)
         assert made.asked(cell)["readout"] == "context"
-        assert len(label_bench.run_cell(made, cell)["predictions"]) == 1000
+        assert len(label_bench.run_cell(made, cell)["predictions"]) == 100
 
 
 def test_shards_share_the_cells_and_either_draws_the_curve(configured, tmp_path):
@@ -494,7 +507,7 @@ def test_fine_tuning_moves_the_encoder_and_its_rate_of_zero_does_not(bench, runs
     """The second phase is more than the first: with a rate of 0 for the encoder only the classifier goes on."""
     frozen = "settings.finetune=[{lr:0.0,weight_decay:0.0,encoder_lr:0.0}]"
     arm, amount = Arm("CPC", "finetune", str(runs[0])), LabelAmount("labels", 20)
-    still = bench("labels=[20]", "seeds=1", frozen)
+    still = bench("labels=[20]", "seeds=1", frozen, "steps.classifier={least:40,passes:0,most:40}")
     chosen = still.choices[amount, 0].indices
     at = label_bench.Rows("train", chosen)
     protocol = still.protocol(arm, chosen)
@@ -503,11 +516,12 @@ def test_fine_tuning_moves_the_encoder_and_its_rate_of_zero_does_not(bench, runs
     assert torch.equal(protocol.predict(chosen, at, setting, 1.0, 0), first.predict(chosen, at, setting, 1.0, 0)), (
         "nothing learned: a classifier at zero says class 0 to everything"
     )
-    at = label_bench.Rows("test", torch.arange(1000))
+    at = label_bench.Rows("test", torch.arange(100))
     moved, unmoved = (
-        protocol.predict(chosen, at, {"lr": 0.5, "weight_decay": 0.0, "encoder_lr": rate}, 1.0, 0)
+        protocol.predict(chosen, at, {"lr": 0.1, "weight_decay": 0.0, "encoder_lr": rate}, 1.0, 0)
         for rate in (1.0, 0.0)
     )
+    assert len(unmoved.unique()) > 2
     assert not torch.equal(moved, unmoved)
 
 
@@ -518,14 +532,14 @@ def test_features_are_encoded_once_for_all_cells(bench, runs):
             label_bench.run_cell(made, Cell(Arm("CPC", protocol, str(runs[0])), amount, seed))
     (table,) = made.tables.values()
     used = set().union(*(set(choice.indices.tolist()) for choice in made.choices.values()))
-    assert table.encoded == len(used) + 1000
+    assert table.encoded == len(used) + 100
     unused = torch.tensor([index for index in range(4000) if index not in used][:1])
     with pytest.raises(ValueError, match="that no choice of labels holds"):
         table.at(label_bench.Rows("train", unused))
 
 
 def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
-    made = bench("labels=[20]", "seeds=2")
+    made = bench("labels=[20]", "seeds=2", "steps.classifier={least:20,passes:0,most:20}")
     for protocol in ("cnn", "patches", "classifier", "finetune"):
         arm = Arm("scratch" if protocol in ("cnn", "patches") else "CPC", protocol, str(runs[0]))
         first, again, other = (
@@ -543,10 +557,10 @@ def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
     [
         ([], "no labels asked for: pass fractions="),
         (["labels=[25]"], "labels=25 for 10 classes: pass a multiple, 20 or 30"),
-        (["fractions=[0.001]"], "less than one for each of 10 classes: pass at least 0.0025, or labels_per_class=1"),
+        (["fractions=[0.001]"], "less than one for each of 10 classes: pass at least 0.01, or labels_per_class=1"),
         (["fractions=[0]"], "fraction 0.0: pass a share"),
         (["fractions=[1.5]"], "fraction 1.5: pass a share"),
-        (["labels_per_class=[500]"], "500 labels a class, the rarest of 10 classes has 400"),
+        (["labels_per_class=[500]"], "500 labels a class, the rarest of 10 classes has 100"),
         (["labels=[20]", "seeds=0"], "seeds=0: pass at least 1"),
         (["labels=[20]", "shard=2", "shards=2"], "shard=2 of shards=2: pass 0 to 1"),
         (["labels=[20]", "protocols=[linear,svm]"], r"protocols=\['svm'\]: pass some of linear, knn, classifier"),
@@ -671,8 +685,8 @@ def test_a_plan_counts_every_trial_in_every_fold_the_test_images_and_the_copies(
     monkeypatch.setattr(cpc.label_costs, "seconds_of_copies", lambda protocol: 3.0)
     arms = [Arm("scratch", "cnn", str(runs[0])), Arm("CPC", "linear", str(runs[0]))]
     cells = [Cell(arm, LabelAmount("labels", labels), 0) for arm in arms for labels in (20, 40)]
-    # a network takes as many steps for either, a probe's cost rises with its labels; 1,000 test images
-    seconds = [5 * 2 + 10 + 3, 7 * 2 + 10 + 3, 5 * 2 + 10 + 3, 7 * 2 * 2 + 10 + 3]
+    # a network takes as many steps for either, a probe's cost rises with its labels; 100 test images
+    seconds = [5 * 2 + 1 + 3, 7 * 2 + 1 + 3, 5 * 2 + 1 + 3, 7 * 2 * 2 + 1 + 3]
     assert planned_seconds(made, cells) == pytest.approx(dict(zip(cells, seconds, strict=True)))
 
 
