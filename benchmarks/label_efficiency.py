@@ -59,8 +59,7 @@ CALTECH = ["data=parquet", "image_size=96"]
 SMALL_TRUNK = ["encoder=resnet_small", "encoder.width=64", "encoder.stem_stride=2", "batch_size=256", "precision=bf16"]
 
 ONE_SETTING = [
-    *["settings.scratch=[{lr: 2.0e-3, weight_decay: 0.05}]", "settings.linear=[{cells: 2}]"],
-    "settings.classifier=[{lr: 0.1, weight_decay: 1.0e-3}]",
+    *["settings.linear=[{cells: 2}]", "settings.classifier=[{lr: 0.1, weight_decay: 1.0e-3}]"],
     "settings.finetune=[{lr: 0.1, weight_decay: 1.0e-3, encoder_lr: 5.0e-4}]",
 ]
 """Fixed before, the same for every number of labels: seven times as fast as choosing among two in every cell."""
@@ -70,7 +69,12 @@ ONE_SETTING = [
 STUDIES = {
     "digits": Study(
         runs={f"cpc-{seed}": [*CPC_RUN, "steps=20000", f"seed={seed}"] for seed in range(3)},
-        sweep=["readout=context", "precision=bf16", *ONE_SETTING],
+        # the CNN with 40 labels, two draws, held-out training images, ten times the steps of both phases: 0.899 at a
+        # learning rate of 2e-3, 0.910 at 5e-3
+        sweep=[
+            *["readout=context", "precision=bf16", *ONE_SETTING],
+            "settings.scratch=[{lr: 5.0e-3, weight_decay: 0.05}]",
+        ],
         parts=[
             ["labels=[20,40,100,200,400]", "scratch=[logistic,svm,cnn]", "protocols=[]", "random=[]"],
             ["labels=[20,40,100,200]", "scratch=[]", "protocols=[linear,classifier]", "random=[]"],
@@ -111,7 +115,7 @@ STUDIES = {
         },
         sweep=[
             *["readout=context", "precision=bf16", "cnn.widths=[32,64,128,256]", "+cnn.stem=imagenet"],
-            *["scratch_times=8", *ONE_SETTING],
+            *["scratch_times=8", "settings.scratch=[{lr: 2.0e-3, weight_decay: 0.05}]", *ONE_SETTING],
         ],
         parts=[
             ["labels_per_class=[2,5,1]", "scratch=[logistic,cnn]", "protocols=[linear]", "random=[linear]"],
