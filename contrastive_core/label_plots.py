@@ -85,7 +85,7 @@ def _arrow(axes: Axes, arrow: SavingArrow, colour: str) -> None:
     axes.annotate(
         f"{arrow.saving}x",
         ((arrow.labels * end) ** 0.5, height),
-        (0, 3),
+        (0, 3 if arrow.curve % 2 == 0 else -10),  # two curves that lie close together have theirs on either side
         textcoords="offset points",
         ha="center",
         fontsize=8,
