@@ -61,7 +61,7 @@ class CellFolder:
                 said.append(file.read_text().strip())
             except FileNotFoundError:  # another process has just made it good
                 continue
-        return said
+        return [each for each in said if each]  # one may be in the midst of being written
 
     def check(self, bench: Bench, cells: Sequence[Cell]) -> None:
         """Raise ValueError where cells that are there cannot stand in one curve with those that are asked for.
