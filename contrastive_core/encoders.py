@@ -124,11 +124,13 @@ class SmallCNN(nn.Module):
         large = stem == "imagenet"
         kernel, stride = (7, 2) if large else (3, 1)
         first = nn.Conv2d(3, widths[0], kernel, stride, padding=kernel // 2, bias=False)
-        layers: list[nn.Module] = [first, nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        layers: list[nn.Module] = [first, nn.BatchNorm2d(widths[0])]
         layers += [nn.MaxPool2d(3, stride=2, padding=1)] if large else []
+        layers.append(nn.ReLU())
         for inner, outer in pairwise(widths):
-            layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
-            layers.append(nn.MaxPool2d(2))
+            layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer)]
+            # the largest rectified is the rectified largest, to the bit, at a quarter of the places
+            layers += [nn.MaxPool2d(2), nn.ReLU()]
         self.layers, self.dim = nn.Sequential(*layers), widths[-1]
 
     def feature_map(self, images: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ same network from random weights.
 A grid may be half done. What is missing must not make the baseline worse, since that makes the saving larger:
 
 - Protocols are compared on the choices of labels that both have: a failed cell does not cost the best its place.
-- A number of labels where none of those that led before was measured is left out of the scratch curve: logistic
-  regression alone does not continue a network's curve. Beyond its end a saving is censored, "> x".
+- A number of labels where none of those that lead beside it was measured is left out of the scratch curve: logistic
+  regression alone does not continue a network's curve, nor begin it. Who leads is found where most were measured, and
+  from there on upwards and downwards. Beyond the curve's ends a saving is censored, "> x" and "< x".
+- Nothing is said to save on one choice of labels, of either side, where more are to be.
 """
 
 from __future__ import annotations
@@ -70,10 +72,14 @@ class ArmCurve:
 
     @staticmethod
     def of(results: Sequence[CellResult]) -> ArmCurve:
-        """Results of one method and protocol."""
+        """Results of one method and protocol; ValueError for two of the same run and choice of labels."""
         cells: dict[int, dict[int, dict[int, CellResult]]] = {}
         for result in results:
-            cells.setdefault(result.labels, {}).setdefault(result.seed, {})[result.repeat] = result
+            of_seed = cells.setdefault(result.labels, {}).setdefault(result.seed, {})
+            if result.repeat in of_seed:
+                both = f"{of_seed[result.repeat].amount} and {result.amount}"
+                raise ValueError(f"{result.method} {result.protocol} is there for {both}, the same labels: remove one")
+            of_seed[result.repeat] = result
         return ArmCurve(cells)
 
     def by_seed(self, labels: int, by: str = "accuracy") -> dict[int, float]:
@@ -87,24 +93,34 @@ class ArmCurve:
         """The same without the seeds."""
         return list(self.by_seed(labels, by).values())
 
-    def repeats(self) -> set[int]:
-        """The pre-training runs that have a result."""
-        return {repeat for by_seed in self.cells.values() for of_seed in by_seed.values() for repeat in of_seed}
+    def repeats(self, labels: int | None = None) -> set[int]:
+        """The pre-training runs that have a result, with so many labels or with any number."""
+        asked = self.cells.values() if labels is None else [self.cells[labels]]
+        return {repeat for by_seed in asked for of_seed in by_seed.values() for repeat in of_seed}
 
-    def seeds(self, labels: int) -> set[int]:
-        """The choices of labels of which every run has its result."""
-        repeats = {repeat for of_seed in self.cells[labels].values() for repeat in of_seed}
-        return {seed for seed, of_seed in self.cells[labels].items() if repeats <= of_seed.keys()}
+    def seeds(self, labels: int) -> list[int]:
+        """The choices of labels of which some run has its result, in order."""
+        return sorted(self.cells[labels])
 
     def planned(self, labels: int) -> int:
         """How many choices of labels there are to be."""
         return max(one.draws for of_seed in self.cells[labels].values() for one in of_seed.values())
 
+    def is_thin(self, labels: int) -> bool:
+        """Whether there is one choice of labels of several that are to be."""
+        return len(self.cells[labels]) == 1 < self.planned(labels)
+
     def right(self, labels: int, seeds: Sequence[int], truth: Tensor) -> Tensor:
-        """`runs draws images` bool for these seeds, which every run has."""
-        repeats = sorted({repeat for of_seed in self.cells[labels].values() for repeat in of_seed})
-        cells = [[self.cells[labels][seed][repeat] for seed in seeds] for repeat in repeats]
-        return torch.stack([torch.stack([cell.predictions == truth for cell in of_run]) for of_run in cells])
+        """`runs draws images` float64 for these seeds, NaN where a run has no result; of the runs that have one."""
+        of_seeds = [self.cells[labels].get(seed, {}) for seed in seeds]
+        missing = torch.full((len(truth),), math.nan, dtype=torch.float64)
+        return torch.stack([
+            torch.stack([
+                (of_seed[repeat].predictions == truth).double() if repeat in of_seed else missing
+                for of_seed in of_seeds
+            ])
+            for repeat in sorted(set().union(*of_seeds))
+        ])  # fmt: skip
 
 
 Curves = Mapping[tuple[str, str], ArmCurve]
@@ -150,19 +166,33 @@ def scratch_curves(curves: Curves, by: str = "accuracy") -> dict[str, ScratchCur
 
 
 def _best_curve(curves: Mapping[str, ArmCurve], by: str) -> ScratchCurve:
+    counts = sorted({labels for curve in curves.values() for labels in curve.cells})
+    there = {labels: {name: curve for name, curve in curves.items() if labels in curve.cells} for labels in counts}
     points: dict[int, ScratchPoint] = {}
     left_out: dict[int, tuple[str, ...]] = {}
-    leading = set(curves)
-    for labels in sorted({labels for curve in curves.values() for labels in curve.cells}):
-        there = {protocol: curve for protocol, curve in curves.items() if labels in curve.cells}
-        if leading.isdisjoint(there):
-            left_out[labels] = tuple(sorted(there))
-            continue
-        scores = {protocol: curve.by_seed(labels, by) for protocol, curve in there.items()}
-        best = _best(scores)
-        points[labels] = ScratchPoint(best, there[best], tuple(sorted(there)))
-        leading = {protocol for protocol, score in scores.items() if _as_good(score, scores[best])}
-    return ScratchCurve(points, left_out)
+    start = counts.index(_most_measured(there))
+    for way in (counts[start:], counts[start::-1]):
+        leading = set(curves)
+        for labels in way:
+            measured = tuple(sorted(there[labels]))
+            if leading.isdisjoint(measured):
+                left_out[labels] = measured
+                continue
+            scores = {protocol: curve.by_seed(labels, by) for protocol, curve in there[labels].items()}
+            best = _best(scores)
+            points[labels] = ScratchPoint(best, curves[best], measured)
+            leading = {protocol for protocol, score in scores.items() if _as_good(score, scores[best])}
+    return ScratchCurve(dict(sorted(points.items())), dict(sorted(left_out.items())))
+
+
+def _most_measured(there: Mapping[int, Mapping[str, ArmCurve]]) -> int:
+    """The labels of most protocols; of those alike where they have most other points; of those the fewest."""
+
+    def measured(labels: int) -> tuple[int, int, int]:
+        curves = there[labels].values()
+        return len(curves), sum(len(curve.cells) for curve in curves), -labels
+
+    return max(there, key=measured)
 
 
 def _best(scores: Mapping[str, Mapping[int, float]]) -> str:
@@ -198,6 +228,8 @@ class LabelSaving(NamedTuple):
     """What a method saves with a protocol and a number of labels, against one of the curves from scratch.
 
     draws, runs: how many choices of labels and pre-training runs of the method's went into the interval.
+    scratch_draws: the fewest choices of labels of a point from scratch, of those points that are to have several.
+    thin: whether one choice of labels stands for several that are to be, on either side.
     """
 
     method: str
@@ -207,11 +239,13 @@ class LabelSaving(NamedTuple):
     interval: SavingInterval
     draws: int
     runs: int
+    scratch_draws: int
+    thin: bool
 
     @property
     def saves(self) -> bool:
-        """Whether the whole interval is above 1; censored at a bound below 1, nothing is known."""
-        return self.interval.low.value > 1 and self.interval.low.bound >= 1
+        """Whether the whole interval is above 1; censored at a bound below 1, or of one choice, nothing is known."""
+        return self.interval.low.value > 1 and self.interval.low.bound >= 1 and not self.thin
 
 
 def savings_of(
@@ -233,18 +267,32 @@ def savings_of(
             if method == SCRATCH or (against == SAME and method in other_networks):
                 continue
             for labels in sorted(arm.cells):
-                seeds = sorted(arm.seeds(labels))
-                if seeds:
-                    interval = _interval(labels, arm, scratch, seeds, truth, weights)
-                    runs = max(len(of_seed) for of_seed in arm.cells[labels].values())
-                    rows.append(LabelSaving(method, protocol, labels, against, interval, len(seeds), runs))
+                held = LabelSaving(
+                    method,
+                    protocol,
+                    labels,
+                    against,
+                    _interval(labels, arm, scratch, truth, weights),
+                    draws=len(arm.seeds(labels)),
+                    runs=len(arm.repeats(labels)),
+                    scratch_draws=_fewest_draws(scratch),
+                    thin=arm.is_thin(labels)
+                    or any(point.curve.is_thin(count) for count, point in scratch.points.items()),
+                )
+                rows.append(held)
     return rows
 
 
+def _fewest_draws(scratch: ScratchCurve) -> int:
+    several = {count: point.curve for count, point in scratch.points.items() if point.curve.planned(count) > 1}
+    return min((len(curve.seeds(count)) for count, curve in several.items()), default=1)
+
+
 def _interval(
-    labels: int, arm: ArmCurve, scratch: ScratchCurve, seeds: Sequence[int], truth: Tensor, weights: Tensor | None
+    labels: int, arm: ArmCurve, scratch: ScratchCurve, truth: Tensor, weights: Tensor | None
 ) -> SavingInterval:
-    right = arm.right(labels, seeds, truth).double()
+    seeds = arm.seeds(labels)
+    right = arm.right(labels, seeds, truth)
     points = {count: _from_scratch(point.curve, count, seeds, truth) for count, point in scratch.points.items()}
     if weights is not None:
         right, points = right * weights, {count: there * weights for count, there in points.items()}
@@ -257,11 +305,9 @@ def _from_scratch(curve: ArmCurve, labels: int, seeds: Sequence[int], truth: Ten
     Without one of them the mean of the others stands for all.
     """
     there = curve.seeds(labels)
-    if there.isdisjoint(seeds):
-        return curve.right(labels, sorted(there), truth)[0].double().mean(0).expand(len(seeds), -1)
-    missing = torch.full((len(truth),), math.nan, dtype=torch.float64)
-    rows = [curve.right(labels, [seed], truth)[0, 0].double() if seed in there else missing for seed in seeds]
-    return torch.stack(rows)
+    if set(there).isdisjoint(seeds):
+        return curve.right(labels, there, truth)[0].mean(0).expand(len(seeds), -1)
+    return curve.right(labels, seeds, truth)[0]
 
 
 def balanced(truth: Tensor) -> Tensor:

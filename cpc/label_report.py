@@ -75,7 +75,8 @@ def saving_row(saving: LabelSaving) -> dict[str, Any]:
     """A saving as it is written down: "2.5", or censored "> 10.0" and "< 1.0"."""
     ends = {name: str(end) for name, end in saving.interval._asdict().items()}
     named = {"method": saving.method, "protocol": saving.protocol, "labels": saving.labels, "against": saving.against}
-    return named | ends | {"saves": saving.saves, "draws": saving.draws, "runs": saving.runs}
+    of = {"draws": saving.draws, "scratch_draws": saving.scratch_draws, "runs": saving.runs}
+    return named | ends | {"saves": saving.saves} | of
 
 
 def write_csv(path: Path, results: Sequence[CellResult]) -> None:
@@ -240,18 +241,19 @@ def _report(
 def _what_intervals_leave_out(curves: Curves) -> list[str]:
     """Runs and choices of labels that there is one of, or that are missing."""
     said = []
-    for method in dict.fromkeys(method for method, _ in curves if method not in (SCRATCH, "random")):
-        if len(set.union(*(curve.repeats() for (name, _), curve in curves.items() if name == method))) == 1:
-            said.append(f"- one pre-training run of {method}: its intervals leave the luck of pre-training out")
+    arms = {name: curve for name, curve in curves.items() if name[0] not in (SCRATCH, "random")}
+    for (method, protocol), curve in arms.items():
+        if len(curve.repeats()) == 1:
+            said.append(f"- one pre-training run of {method} {protocol}: its intervals leave that luck out")
     single = {labels for curve in curves.values() for labels in curve.cells if curve.planned(labels) == 1}
     if single:
         counts = ", ".join(map(str, sorted(single)))
         said.append(f"- one choice of labels at {counts}: intervals leave the luck of that choice out")
     for (method, protocol), curve in curves.items():
-        for labels in sorted(curve.cells):
-            if len(curve.seeds(labels)) < curve.planned(labels):
-                done = f"{len(curve.seeds(labels))} of {curve.planned(labels)}"
-                said.append(f"- {method} {protocol} has {done} choices of {labels} labels")
+        for labels, of_seeds in sorted(curve.cells.items()):
+            done, whole = sum(map(len, of_seeds.values())), curve.planned(labels) * len(curve.repeats())
+            if done < whole:
+                said.append(f"- {method} {protocol} has {done} of {whole} cells with {labels} labels")
     return said
 
 
@@ -265,7 +267,8 @@ def _about_scratch(scratch: Mapping[str, ScratchCurve]) -> list[str]:
         "- the best from scratch is chosen at each number of labels on the test images, in its favour: "
         + ", ".join(named),
         *[
-            f"- left out of that curve: {labels} labels, with {', '.join(those)} and nothing that leads below"
-            for labels, those in best.left_out.items()
+            f"- left out of the {name}: {labels} labels, with {', '.join(those)} alone, which does not lead beside it"
+            for name, curve in scratch.items()
+            for labels, those in curve.left_out.items()
         ],
     ]

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import math
 import sys
@@ -587,7 +588,7 @@ def test_small_cnns_halve_behind_every_convolution_but_the_first(widths, pixels,
 def test_a_small_cnn_for_photographs_begins_as_resnets_do():
     encoder = SmallCNN([8, 16, 32], stem="imagenet")
     assert encoder.feature_map(torch.rand(2, 3, 96, 64)).shape == (2, 32, 6, 4)
-    first, pool = encoder.layers[0], encoder.layers[3]
+    first, pool = encoder.layers[0], encoder.layers[2]
     reference = torchvision_resnet50()
     assert str(first) == str(reference.conv1).replace("64", "8")
     assert str(pool) == str(reference.maxpool)
@@ -611,6 +612,26 @@ def test_a_small_cnn_of_one_width_in_closed_form():
     with torch.no_grad():
         convolutions(encoder)[0].weight.zero_()[:, :, 1, 1] = torch.eye(3)
     torch.testing.assert_close(encoder(images), images.clamp(min=0).mean((2, 3)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_pooling_before_rectifying_changes_no_bit_of_features_and_gradients(stem):
+    encoder = SmallCNN([4, 6, 8], stem=stem)
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.5)  # BatchNorms that turn signs round, too
+    usual = copy.deepcopy(encoder)
+    layers = list(usual.layers)
+    for place in reversed(range(len(layers) - 1)):
+        if isinstance(layers[place], nn.MaxPool2d):
+            layers[place : place + 2] = layers[place + 1], layers[place]
+    usual.layers = nn.Sequential(*layers)
+    assert str(usual.layers) != str(encoder.layers)
+
+    images = torch.randn(4, 3, 32, 32)
+    for network in (encoder, usual):
+        network(images).square().sum().backward()
+    assert torch.equal(encoder(images), usual(images))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(encoder.parameters(), usual.parameters(), strict=True))
 
 
 def test_every_parameter_of_a_small_cnn_learns():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from label_cells import TRUTH, UNEVEN, cell, found, scratch, uneven_cells
@@ -11,6 +13,7 @@ from cpc.label_curves import (
     SAME,
     SCRATCH,
     ArmCurve,
+    CellResult,
     ScratchCurve,
     balanced,
     curves_of,
@@ -76,6 +79,7 @@ def test_a_saving_that_is_known_and_sure():
         "high": "4.0",
         "saves": True,
         "draws": 1,
+        "scratch_draws": 1,
         "runs": 1,
     }
 
@@ -148,28 +152,75 @@ def test_runs_and_draws_are_counted_and_averaged_over():
     assert ArmCurve.of(runs).accuracies(10) == pytest.approx([0.5, 0.5])
     right = ArmCurve.of(runs[::-1]).right(10, [1, 0], TRUTH)
     assert right.shape == (2, 2, 40)
+    assert right.dtype == torch.float64
     assert right.sum(2).tolist() == [[14, 14], [26, 26]]
 
 
-def test_a_missing_cell_leaves_its_draw_out_and_no_other():
-    runs = [
-        cell("CPC", "linear", labels, 20, seed=seed, repeat=repeat)
-        for labels in (10, 40)
-        for seed in (0, 1)
-        for repeat in (0, 1)
+def several(*cells: tuple[int, int, int], draws: int = 2) -> list[CellResult]:
+    """CPC's linear probe with 10 labels, of so many draws: repeat, seed, how many are right."""
+    return [
+        cell("CPC", "linear", 10, right, seed=seed, repeat=repeat, draws=draws) for repeat, seed, right in cells
     ]
-    assert {labels: row["draws"] for labels, row in found([*scratch(0, 1), *runs]).items()} == {10: 2, 40: 2}
+
+
+def test_a_missing_cell_costs_nothing_but_itself():
+    """Of two runs and two choices any one: a choice's mean is over the runs that have it, and none is left out."""
+    runs = [(0, 0, 20), (0, 1, 20), (1, 0, 20), (1, 1, 20)]
+    whole = found([*scratch(0, 1), *several(*runs)])[10]
+    assert [whole[name] for name in ("saving", "low", "high", "saves", "draws", "runs")] == ["4.0"] * 3 + [True, 2, 2]
     for gone in range(4):
-        rows = found([*scratch(0, 1), *runs[:gone], *runs[gone + 1 :]])
-        assert {labels: row["draws"] for labels, row in rows.items()} == {10: 1, 40: 2}
-    assert found(runs) == {}
-    assert ArmCurve.of(runs[:3]).seeds(10) == {0}
+        assert found([*scratch(0, 1), *several(*runs[:gone], *runs[gone + 1 :])])[10] == whole
+    assert found(several(*runs)) == {}
+    right = ArmCurve.of(several(*runs[:3])).right(10, [0, 1], TRUTH)
+    assert right.sum(2)[0].tolist() == [20, 20]
+    assert right.isnan().any(2).tolist() == [[False, False], [False, True]]
+
+
+def test_a_second_runs_first_cell_changes_little_and_a_double_nothing():
+    """Three choices of run 0, right on 14, 20 and 26; of run 1 the first alone, the same or another."""
+    one_run = [(0, 0, 14), (0, 1, 20), (0, 2, 26)]
+    alone = found([*scratch(0, 1, 2), *several(*one_run, draws=3)])[10]
+    double = found([*scratch(0, 1, 2), *several(*one_run, (1, 0, 14), draws=3)])[10]
+    for row, runs in ((alone, 1), (double, 2)):
+        assert [row[name] for name in ("saving", "saves", "draws", "runs")] == ["4.0", True, 3, runs]
+    for end in ("low", "high"):  # of other random numbers
+        assert float(double[end]) == pytest.approx(float(alone[end]), rel=0.1)
+    more = found([*scratch(0, 1, 2), *several(*one_run, (1, 0, 16), draws=3)])[10]
+    assert (more["saving"], more["draws"]) == (f"{4 * 4 ** (1 / 3 / 12):.1f}", 3), "in the mean a third of an image more"
+
+
+def test_runs_without_a_choice_in_common_have_their_row():
+    row = found([*scratch(0, 1), *several((0, 0, 20), (1, 1, 20))])[10]
+    assert [row[name] for name in ("saving", "draws", "runs")] == ["4.0", 2, 2]
+
+
+@pytest.mark.parametrize("thin", ["arm", "scratch", "neither"])
+def test_one_choice_of_several_is_never_said_to_save(thin):
+    """Of five that are to be; what saves has two or more, on both sides, or one that is all there is to be."""
+    draws = {name: (0,) if name == thin else (0, 1) for name in ("arm", "scratch")}
+    results = [cell("CPC", "linear", 10, 20, seed=seed, draws=5) for seed in draws["arm"]]
+    curve = {10: 8, 40: 20, 160: 32}
+    results += [
+        cell(SCRATCH, "cnn", labels, right, seed=seed, draws=5)
+        for labels, right in curve.items()
+        for seed in draws["scratch"]
+    ]
+    row = found(results)[10]
+    assert (row["low"], row["saves"]) == ("4.0", thin == "neither")
+    assert (row["draws"], row["scratch_draws"]) == (len(draws["arm"]), len(draws["scratch"]))
+    assert found([*scratch(), cell("CPC", "linear", 10, 20)])[10]["saves"]
+
+
+def test_the_same_labels_by_two_names_are_not_one_of_them_in_silence():
+    twin = dataclasses.replace(cell("CPC", "linear", 10, 20), amount="fraction=0.01")
+    with pytest.raises(ValueError, match=r"CPC linear is there for labels=10 and fraction=0.01, the same labels: remo"):
+        curves_of([cell("CPC", "linear", 10, 8), twin])
 
 
 def test_one_draw_of_many_labels_stands_for_all_draws_of_few():
     """From 160 labels on there is one draw from scratch: draws of 10 labels that are as good as it save 16."""
     one_above = [one for one in scratch(0, 1, 2) if one.labels < 160] + [cell(SCRATCH, "cnn", 160, 32, draws=1)]
-    few = [cell("CPC", "linear", 10, 32, seed=seed) for seed in (0, 1, 2)]
+    few = [cell("CPC", "linear", 10, 32, seed=seed, draws=3) for seed in (0, 1, 2)]
     many = cell("CPC", "linear", 160, 32)
     rows = found([*one_above, *few, many])
     assert [rows[10][name] for name in ("saving", "low", "high", "draws")] == ["16.0", "16.0", "16.0", 3]
@@ -241,8 +292,22 @@ def test_what_leads_at_few_labels_and_is_not_measured_at_many_ends_the_curve():
         assert protocols(best) == {10: "cnn", 40: "cnn"}
         assert best.left_out == {160: ("logistic",)}
         assert found(results)[10]["saving"] == "> 4.0"
-    later = cell(SCRATCH, "cnn", 640, 36)
+    later = cell(SCRATCH, "cnn", 640, 36)  # the network again
     assert protocols(scratch_curves(curves_of([*results, later]))[BEST]) == {10: "cnn", 40: "cnn", 640: "cnn"}
+
+
+def test_what_is_measured_alone_at_the_fewest_labels_does_not_lead():
+    """The CNN's cell at 10 labels failed, or was never asked for: the curve begins at 40, and no saving grows."""
+    network, pretrained = scratch(), [cell("CPC", "linear", 10, 14), cell("CPC", "linear", 40, 18)]
+    weak = [cell(SCRATCH, "logistic", labels, right) for labels, right in {10: 6, 40: 8, 160: 16}.items()]
+    failed = [one for one in network if one.labels > 10]
+    for of_weak in (weak, weak[:1]):
+        best = scratch_curves(curves_of([*failed, *of_weak]))[BEST]
+        assert protocols(best) == {40: "cnn", 160: "cnn"}
+        assert best.left_out == {10: ("logistic",)}
+        whole, less = (found([*cells, *of_weak, *pretrained]) for cells in (network, failed))
+        assert [(row["saving"], row["saves"]) for row in whole.values()] == [("2.0", True), ("0.79", False)]
+        assert [(row["saving"], row["saves"]) for row in less.values()] == [("< 4.0", False), ("< 1.0", False)]
 
 
 def test_a_protocol_that_cannot_be_told_from_the_best_continues_its_curve():
@@ -261,8 +326,8 @@ def test_a_failed_cell_does_not_cost_the_best_its_place():
     pretrained = [cell("CPC", "linear", 10, 24, seed=seed) for seed in range(5)]
     whole = found([*curve, *weak, *pretrained])[10]
     failed = [one for one in curve if (one.labels, one.seed) != (160, 3)]
-    assert found([*failed, *weak, *pretrained])[10] == whole
-    assert whole["saving"] == "6.3"
+    assert found([*failed, *weak, *pretrained])[10] == whole | {"scratch_draws": 4}
+    assert (whole["saving"], whole["scratch_draws"]) == ("6.3", 5)
 
 
 def test_a_lucky_draw_is_held_against_the_same_draw_of_others():

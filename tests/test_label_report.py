@@ -115,7 +115,8 @@ def test_the_csv_has_a_row_a_cell(tmp_path: Path):
 
 
 def test_the_report_says_what_its_reader_has_to_know(tmp_path: Path):
-    results = [*scratch(0, 1, protocol="patches"), *[cell("CPC", "linear", 10, 20, seed=seed) for seed in (0, 1)]]
+    pretrained = [cell("CPC", "linear", 10, 20, seed=seed, draws=9) for seed in (0, 1)]
+    results = [*scratch(0, 1, protocol="patches"), *pretrained]
     write_report(tmp_path, results, TRUTH, ABOUT)
     lines = (tmp_path / "report.md").read_text().splitlines()
     for expected in (
@@ -123,8 +124,8 @@ def test_the_report_says_what_its_reader_has_to_know(tmp_path: Path):
         f"Python {platform.python_version()}; 0.00 h.",
         "    python tools/sweep_labels.py labels=[10,40]",
         "- a note",
-        "- one pre-training run of CPC: its intervals leave the luck of pre-training out",
-        "- CPC linear has 2 of 9 choices of 10 labels",
+        "- one pre-training run of CPC linear: its intervals leave that luck out",
+        "- CPC linear has 2 of 9 cells with 10 labels",
         "- failed: CPC 0, svm: labels=10, seed 1: ValueError: no such thing",
         "- the best from scratch is chosen at each number of labels on the test images, in its favour: "
         "patches at 10 (of patches), patches at 40 (of patches), patches at 160 (of patches)",
@@ -134,7 +135,7 @@ def test_the_report_says_what_its_reader_has_to_know(tmp_path: Path):
         assert expected in lines
     assert len([line for line in lines if line.startswith("digest")]) == 6, "each split once"
     assert [line.split() for line in lines if "4.0" in line] == [
-        ["CPC", "linear", "10", *against.split(), "4.0", "4.0", "4.0", "True", "2", "1"] for against in (BEST, SAME)
+        ["CPC", "linear", "10", *against.split(), "4.0", "4.0", "4.0", "True", "2", "2", "1"] for against in (BEST, SAME)
     ]
     assert [line for line in lines if line.startswith("## Label saving")] == [
         "## Label saving by test accuracy: n_s / n, and its 95 % interval"
@@ -150,10 +151,11 @@ def test_the_luck_of_a_single_run_is_told_by_the_cells_that_there_are(tmp_path: 
     """Whatever number of runs the last command named."""
     two = [cell(method, "linear", 10, 20, repeat=repeat) for method in ("CPC", "BYOL") for repeat in (0, 1)]
     results = [*scratch(), *two, cell("SimCLR", "linear", 10, 20), cell("random", "linear", 10, 8)]
+    results.append(cell("CPC", "classifier", 10, 20))
     assert told(tmp_path, results, "one pre-training run of") == [
-        "one pre-training run of SimCLR: its intervals leave the luck of pre-training out"
+        f"one pre-training run of {arm}: its intervals leave that luck out" for arm in ("SimCLR linear", "CPC classifier")
     ]
-    assert len(told(tmp_path, [one for one in results if one.repeat == 0], "one pre-training run of")) == 3
+    assert len(told(tmp_path, [one for one in results if one.repeat == 0], "one pre-training run of")) == 4
 
 
 def test_what_has_one_choice_of_labels_or_lacks_some_is_told(tmp_path: Path):
@@ -163,8 +165,13 @@ def test_what_has_one_choice_of_labels_or_lacks_some_is_told(tmp_path: Path):
     assert told(tmp_path, results, "one choice") == [
         "one choice of labels at 40, 80: intervals leave the luck of that choice out"
     ]
-    assert told(tmp_path, results, "scratch") == ["scratch cnn has 2 of 3 choices of 10 labels"]
+    assert told(tmp_path, results, "scratch") == ["scratch cnn has 2 of 3 cells with 10 labels"]
     assert told(tmp_path, results, "CPC") == []
+    results.append(cell("CPC", "linear", 10, 20, seed=1, repeat=1, draws=3))
+    assert told(tmp_path, results, "CPC linear has") == [
+        f"CPC linear has {cells} with {labels} labels"
+        for labels, cells in {10: "4 of 6 cells", 40: "1 of 2 cells", 80: "1 of 2 cells"}.items()
+    ]
 
 
 def test_what_the_best_from_scratch_is_the_best_of_is_told(tmp_path: Path):
@@ -172,8 +179,12 @@ def test_what_the_best_from_scratch_is_the_best_of_is_told(tmp_path: Path):
     results = [*network, *[cell(SCRATCH, "svm", labels, 4) for labels in (40, 160)], cell("CPC", "linear", 10, 20)]
     (line,) = told(tmp_path, results, "the best from scratch is chosen")
     assert line.endswith("in its favour: cnn at 10 (of cnn), cnn at 40 (of cnn, svm)")
-    assert told(tmp_path, results, "left out of that curve") == [
-        "left out of that curve: 160 labels, with svm and nothing that leads below"
+    assert told(tmp_path, results, "left out of the") == [
+        "left out of the best from scratch: 160 labels, with svm alone, which does not lead beside it"
+    ]
+    same = [cell(SCRATCH, "image", 10, 8), cell(SCRATCH, "patches", 10, 4), cell(SCRATCH, "patches", 40, 8)]
+    assert told(tmp_path, [*results, *same], "left out of the same") == [
+        "left out of the same network from scratch: 40 labels, with patches alone, which does not lead beside it"
     ]
 
 

@@ -42,6 +42,18 @@ def test_a_curve_is_made_to_rise(accuracies, expected):
     assert rising(accuracies) == pytest.approx(expected)
 
 
+def test_of_points_that_fall_those_of_more_draws_say_more():
+    """Four draws at 0.5 and one at 0.4: 0.48 at both, or 0.45 where they weigh the same."""
+    assert rising([0.5, 0.4], [4, 1]) == pytest.approx([0.48, 0.48])
+    assert labels_needed([10, 100], [0.5, 0.4], 0.48, [4, 1]) == 10
+    assert labels_needed([10, 100], [0.5, 0.4], 0.48) == math.inf
+    first = torch.arange(100)
+    one_draw = torch.full((4, 100), math.nan)
+    one_draw[0] = (first < 40).float()
+    scratch = {10: (first < 50).expand(4, -1), 100: one_draw}
+    assert saving_interval(10, (first < 48).expand(1, 4, -1), scratch, resamples=10).saving.value == pytest.approx(1)
+
+
 def test_a_plateau_is_reached_at_its_beginning():
     assert labels_needed([10, 100, 1000], [0.2, 0.4, 0.4], 0.4) == 100
     # a dip is levelled out: 0.5 and 0.3 are 0.4 both
@@ -58,6 +70,8 @@ def test_a_plateau_is_reached_at_its_beginning():
         (25, 0.1, Saving(0.0, 0.4), "< 0.4"),
         (1, 0.9, Saving(math.inf, 1000.0), "> 1000"),
         (1000, 0.1, Saving(0.0, 0.01), "< 0.01"),
+        (100.2, 0.4, Saving(100 / 100.2, 100 / 100.2), "0.99"),
+        (99.9, 0.4, Saving(100 / 99.9, 100 / 99.9), "1.01"),
     ],
 )
 def test_savings_and_how_they_are_said(count, accuracy, saving, said):
@@ -152,6 +166,22 @@ def test_a_draw_that_is_not_there_is_no_draw_of_that_point():
     lacking[LABELS[1]][:] = math.nan
     with pytest.raises(ValueError, match=f"^scratch has no draw at {LABELS[1]} labels: leave that number out$"):
         saving_interval(100, pretrained, lacking)
+
+
+def test_a_cell_that_is_not_there_is_no_run_of_its_draw():
+    """NaN for a run and a draw: that draw's mean is the other run's. Both are alike here, so nothing changes."""
+    scratch = {number: right(share, 3, 400, seed=number) for number, share in zip(LABELS, CURVE, strict=True)}
+    alike = right(0.5, 1, 3, 400, seed=3).double().expand(2, -1, -1)
+    whole = saving_interval(100, alike, scratch, resamples=100)
+    for gone in ([(0, 1)], [(1, 0), (1, 2)], [(0, 0), (1, 1), (0, 2)]):
+        lacking = alike.clone()
+        for run, draw in gone:
+            lacking[run, draw] = math.nan
+        found = saving_interval(100, lacking, scratch, resamples=100)
+        assert [one.value for one in found] == pytest.approx([one.value for one in whole])
+    lacking[:, 1] = math.nan
+    with pytest.raises(ValueError, match=r"^pretrained has a draw that no run has: leave that draw out"):
+        saving_interval(100, lacking, scratch)
 
 
 def test_what_is_beyond_the_curve_is_censored_and_not_left_out():

@@ -37,10 +37,15 @@ class Saving(NamedTuple):
     bound: float
 
     def __str__(self) -> str:
-        """Example: `str(Saving(math.inf, 5.0))` is "> 5.0", `str(Saving(2.5, 2.5))` is "2.5"."""
-        sign = {math.inf: "> ", 0.0: "< "}.get(self.value, "")
-        shown = f"{self.bound:.2g}" if self.bound < 0.95 else f"{self.bound:.{1 if self.bound < 100 else 0}f}"
-        return sign + shown
+        """Example: `str(Saving(math.inf, 5.0))` is "> 5.0", `str(Saving(2.5, 2.5))` is "2.5", and 0.998 is "0.99"."""
+        return {math.inf: "> ", 0.0: "< "}.get(self.value, "") + _shown(self.bound)
+
+
+def _shown(factor: float) -> str:
+    """Two digits, and never 1.0 for what is a little less or more: on which side it is decides what is said of it."""
+    if 0.95 <= factor < 1.05 and abs(factor - 1) > _EQUAL:
+        return f"{(math.floor if factor < 1 else math.ceil)(100 * factor) / 100:.2f}"
+    return f"{factor:.2g}" if factor < 0.95 else f"{factor:.{1 if factor < 100 else 0}f}"
 
 
 class SavingInterval(NamedTuple):
@@ -51,24 +56,27 @@ class SavingInterval(NamedTuple):
     high: Saving
 
 
-def rising(accuracies: Sequence[float]) -> list[float]:
-    """The nearest numbers that never fall: isotonic regression, all points with one weight.
+def rising(accuracies: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
+    """The nearest numbers that never fall: isotonic regression, all points with one weight unless they have their own.
 
     Example: [0.1, 0.5, 0.3] becomes [0.1, 0.4, 0.4].
     """
     from scipy.optimize import isotonic_regression  # scikit-learn's takes twenty times as long, over its checks
 
-    fitted: list[float] = isotonic_regression(np.asarray(accuracies, dtype=np.float64)).x.tolist()
+    fitted: list[float] = isotonic_regression(np.asarray(accuracies, dtype=np.float64), weights=weights).x.tolist()
     return fitted
 
 
-def labels_needed(labels: Sequence[int], accuracies: Sequence[float], target: float) -> float:
+def labels_needed(
+    labels: Sequence[int], accuracies: Sequence[float], target: float, weights: Sequence[float] | None = None
+) -> float:
     """The fewest labels with which a curve reaches an accuracy; inf beyond its end, 0 below its beginning.
 
     Args:
         labels: of the curve's points, rising, above 0.
         accuracies: at these points.
         target: the accuracy to be reached.
+        weights: of the points where the curve is made to rise, such as their draws; None = all alike.
 
     Raises ValueError where the points do not fit each other or do not rise.
 
@@ -76,7 +84,7 @@ def labels_needed(labels: Sequence[int], accuracies: Sequence[float], target: fl
     """
     if len(labels) != len(accuracies) or not labels or sorted(set(labels)) != list(labels) or labels[0] < 1:
         raise ValueError(f"a curve of {list(labels)} labels and {len(accuracies)} accuracies: pass rising label counts")
-    curve = rising(accuracies)
+    curve = rising(accuracies, weights)
     if target < curve[0] - _EQUAL:
         return 0.0
     if target > curve[-1] + _EQUAL:
@@ -89,16 +97,23 @@ def labels_needed(labels: Sequence[int], accuracies: Sequence[float], target: fl
     return math.exp(logs[0] + share * (logs[1] - logs[0]))
 
 
-def label_saving(count: int, accuracy: float, labels: Sequence[int], scratch: Sequence[float]) -> Saving:
+def label_saving(
+    count: int,
+    accuracy: float,
+    labels: Sequence[int],
+    scratch: Sequence[float],
+    weights: Sequence[float] | None = None,
+) -> Saving:
     """n_s / n for a pre-trained network with `count` labels, against a curve from scratch.
 
-    Args: `accuracy`: of the pre-trained network; `labels`, `scratch`: the curve's points.
+    Args: `accuracy`: of the pre-trained network; `labels`, `scratch`: the curve's points; `weights`: theirs, as
+    `labels_needed`.
 
     Raises ValueError as `labels_needed`.
 
     Example: 0.4 with 25 labels against 0.2 at 10 and 0.6 at 1,000 saves 4.0; 0.7 saves more than 40.0.
     """
-    needed = labels_needed(labels, scratch, accuracy)
+    needed = labels_needed(labels, scratch, accuracy, weights)
     bound = {math.inf: labels[-1], 0.0: labels[0]}.get(needed, needed)
     return Saving(needed if needed in (0.0, math.inf) else needed / count, bound / count)
 
@@ -116,17 +131,19 @@ def saving_interval(
 
     Args:
         count: labels of the pre-trained network, n.
-        pretrained: `runs draws images` bool, whether it was right: a row for each pre-training run and label draw.
+        pretrained: `runs draws images`, whether it was right: a row for each pre-training run and label draw. A row of
+            NaN is one that is not there: its draw is the mean over the other runs.
         scratch: `draws images` by number of labels: the same label draws and test images, from scratch. A row of NaN is
-            a draw that is not there: its point is the mean over the others, again in every resample.
+            a draw that is not there: its point is the mean over the others.
         resamples: at least 1.
         level: of the interval, between 0 and 1.
         seed: of the resampling.
 
-    With one pre-training run the interval leaves the luck of pre-training out.
+    What is not there is not there in every resample either. A point weighs as many as it has draws where the curve is
+    made to rise. With one pre-training run the interval leaves the luck of pre-training out.
 
-    Raises ValueError for shapes that do not fit each other, a point without a draw, fewer than one label or resample,
-    another level.
+    Raises ValueError for shapes that do not fit each other, a point without a draw, a draw without a run, fewer than
+    one label or resample, another level.
 
     Example: where both are right on the same images at the same count, and the curve rises, the saving is 1.
     """
@@ -136,29 +153,36 @@ def saving_interval(
         )
     _check_shapes(pretrained, scratch)
     labels = sorted(scratch)
-    curves = torch.stack([scratch[number].double() for number in labels])
-    there = ~curves.isnan().any(2)
-    curves = curves.nan_to_num()
-    runs, draws, images = pretrained.shape
+    curves, there = _without_nan(torch.stack([scratch[number].double() for number in labels]))
+    right, there_too = _without_nan(pretrained.double())
+    points_weigh = there.sum(1).double().tolist()
+    runs, draws, images = right.shape
     generator = torch.Generator().manual_seed(seed)
     values: list[float] = []
     for part in torch.arange(resamples).split(_AT_ONCE):
         weights = _redrawn(images, len(part), generator) / images
         chosen_runs, chosen_draws = (_redrawn(number, len(part), generator) / number for number in (runs, draws))
-        mean = torch.einsum("r d i, s i, s r, s d -> s", pretrained.double(), weights, chosen_runs, chosen_draws)
+        of_runs = _over_those_there(chosen_runs, there_too.T)
+        mean = torch.einsum("r d i, s i, s d r, s d -> s", right, weights, of_runs, chosen_draws)
         curve = torch.einsum("l d i, s i, s l d -> s l", curves, weights, _over_those_there(chosen_draws, there))
         values += [
-            label_saving(count, one, labels, points).value
+            label_saving(count, one, labels, points, points_weigh).value
             for one, points in zip(mean.tolist(), curve.tolist(), strict=True)
         ]
     means = (curves.mean(2) * there).sum(1) / there.sum(1)
-    point = label_saving(count, pretrained.double().mean().item(), labels, means.tolist())
+    reached = ((right.mean(2) * there_too).sum(0) / there_too.sum(0)).mean().item()
+    point = label_saving(count, reached, labels, means.tolist(), points_weigh)
     tails = [(1 - level) / 2, (1 + level) / 2]
     # an end that is censored is an infinity: no mean with its neighbour, which would be one too
     ends = np.quantile(values, tails, method="nearest").tolist()
     bounds = {math.inf: labels[-1] / count, 0.0: labels[0] / count}
     low, high = (Saving(end, bounds.get(end, end)) for end in ends)
     return SavingInterval(point, low, high)
+
+
+def _without_nan(right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with 0 for NaN, and which rows `... images` are there."""
+    return right.nan_to_num(), ~right.isnan().any(-1)
 
 
 def _redrawn(count: int, resamples: int, generator: torch.Generator) -> Tensor:
@@ -168,9 +192,10 @@ def _redrawn(count: int, resamples: int, generator: torch.Generator) -> Tensor:
 
 
 def _over_those_there(weights: Tensor, there: Tensor) -> Tensor:
-    """Weights of draws for each point, which sum to 1 over those that it has; all alike where none of them was drawn.
+    """Weights for each point, which sum to 1 over what it has; all alike where nothing of that was drawn.
 
-    Args: `weights`: `resamples draws`; `there`: `points draws` bool. Returns `resamples points draws`.
+    Args: `weights`: `resamples draws`; `there`: `points draws` bool. Returns `resamples points draws`. The same for
+    each draw's runs.
     """
     of_point = weights[:, None] * there
     none = of_point.sum(2, keepdim=True) == 0
@@ -190,3 +215,5 @@ def _check_shapes(pretrained: Tensor, scratch: Mapping[int, Tensor]) -> None:
     empty = [number for number, right in scratch.items() if right.isnan().any(1).all()]
     if empty:
         raise ValueError(f"scratch has no draw at {empty[0]} labels: leave that number out")
+    if pretrained.isnan().any(2).all(0).any():
+        raise ValueError("pretrained has a draw that no run has: leave that draw out, of scratch too")
