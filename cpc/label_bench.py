@@ -1,11 +1,13 @@
-"""What the cells of a label sweep share, and what a cell does: images, choices of labels, features encoded once."""
+"""What the cells of a label sweep share: images, choices of labels, how long to train, features encoded once.
+
+What each protocol makes of it is in `cpc.label_recipes`.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,42 +28,11 @@ from contrastive_core.data import (
     sample_ids,
     split_digest,
 )
-from contrastive_core.evaluate.selection import LabelProtocol, Rows, choose_setting
-from contrastive_core.methods.classifier import Classifier
-from cpc.encoder_card import build_encoder, read_card
-from cpc.features import (
-    FrozenClassifier,
-    FrozenEncoder,
-    build_contexts,
-    load_encoder,
-    load_head,
-    read_encoder,
-    untrained_encoder,
-)
+from cpc.encoder_card import read_card
+from cpc.features import FrozenEncoder, load_encoder, untrained_encoder
 from cpc.label_curves import SCRATCH
-from cpc.label_protocols import (
-    Both,
-    FeatureTable,
-    FinetuneProtocol,
-    LatentProtocol,
-    Length,
-    NetworkProtocol,
-    Probe,
-    ProbeProtocol,
-    Training,
-    adamw,
-    linear,
-    logistic,
-    nearest,
-    sgd,
-    svm,
-)
+from cpc.label_protocols import Both, FeatureTable, Length, Training
 from cpc.latent_classifier import LatentClassifier
-
-FROZEN = ("linear", "knn", "classifier")
-OF_RUNS = (*FROZEN, "finetune", "head")
-NETWORKS = ("cnn", "image", "patches")
-FROM_SCRATCH = ("logistic", "svm", *NETWORKS)
 
 LARGEST_PIXELS = 32
 """Pixels a side that probes of pixels see at most: larger images are averaged down."""
@@ -142,7 +113,7 @@ def choices_of(
     return choices
 
 
-# ---- what a cell does ----
+# ---- what the cells share ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,53 +228,6 @@ class Bench:
         """A classifier on a grid of latents."""
         return LatentClassifier(dim, self.classes, **self.plan.classifier)
 
-    def protocol(self, arm: Arm, chosen: Tensor) -> LabelProtocol[Any]:
-        """What an arm does with the labels of the chosen images."""
-        settings = self._settings_of(arm)
-        probes: dict[str, Probe] = {"linear": linear, "knn": nearest, "logistic": logistic, "svm": svm}
-        if arm.protocol in ("logistic", "svm"):
-            return ProbeProtocol(self.pixels, self.labels, probes[arm.protocol], settings)
-        if arm.protocol in probes:
-            return ProbeProtocol(self.table(arm), self.labels, probes[arm.protocol], settings)
-        if arm.method == SCRATCH:
-            return NetworkProtocol(self.training("scratch"), partial(self.fresh, arm), adamw, settings)
-        if arm.protocol == "head":
-            return NetworkProtocol(self.training("head"), partial(self.with_head, arm.run), sgd, settings)
-        encoder = self.encoder(arm)
-        first = LatentProtocol(
-            self.training("classifier"),
-            chosen,
-            self.table(arm),
-            encoder,
-            partial(self.classifier, encoder.grid_dim),
-            self.plan.encodings,
-            settings,
-        )
-        if arm.protocol == "classifier":
-            return first
-        return FinetuneProtocol(first, self.training("finetune"), settings)
-
-    def fresh(self, arm: Arm) -> nn.Module:
-        """A network from random weights: images in [0, 1] -> logits."""
-        _, card = read_card(arm.run)
-        encoder = self.plan.cnn() if arm.protocol == "cnn" else build_encoder(card["architecture"])
-        if arm.protocol == "patches" and self.readout_for(arm.run) == "context":
-            how: dict[str, Any] = {"mode": "patches", "readout": "context", "context": build_contexts(card)}
-        else:
-            how = {"mode": "patches" if arm.protocol == "patches" else "image", "readout": "grid"}
-        reads = FrozenEncoder(encoder, **card["input"], **how)
-        if arm.protocol == "cnn":  # it ends in a mean and a linear layer, as usual
-            return nn.Sequential(
-                reads, LatentClassifier(reads.dim, self.classes, blocks=0, dropout=self.plan.classifier["dropout"])
-            )
-        return nn.Sequential(reads, self.classifier(reads.grid_dim))
-
-    def with_head(self, run: str) -> nn.Module:
-        """A run's encoder with the first layers of its head and a linear layer: images in [0, 1] -> logits."""
-        encoder, card = read_encoder(run)
-        network = Classifier(encoder, classes=self.classes, head=load_head(run).upto(self.plan.head_layer))
-        return FrozenClassifier(network, card["input"], self.splits.train.class_names)
-
     @cached_property
     def shared(self) -> dict[str, Any]:
         """What the results of all cells in a folder have in common, whichever command has made them."""
@@ -317,43 +241,20 @@ class Bench:
             **self.plan.described,
         }
 
-    def asked(self, cell: Cell) -> dict[str, Any]:
-        """What else a cell's result depends on, to tell whether one that is there is the one that is asked for."""
-        plan, arm = self.plan, cell.arm
-        own: dict[str, Any] = {
-            "split": self.choices[cell.amount, cell.seed].digest,
-            "settings": [dict(setting) for setting in self._settings_of(arm)],
-        }
-        if arm.protocol in ("logistic", "svm"):
-            return own
-        own["encoder"] = self._fingerprint(arm)
-        if arm.protocol not in ("cnn", "image"):
-            own |= {"mode": self.mode_for(arm.run), "readout": self.readout_for(arm.run)}
-        if arm.protocol not in ("linear", "knn"):
-            own["classifier"] = dict(plan.classifier)
-        own |= {"encodings": plan.encodings} if arm.protocol in ("classifier", "finetune") else {}
-        return own | ({"head_layer": plan.head_layer} if arm.protocol == "head" else {})
-
     @property
     def test(self) -> ImageDataset:
         """The test images."""
         assert self.splits.test is not None
         return self.splits.test
 
-    def _settings_of(self, arm: Arm) -> Sequence[Mapping[str, float]]:
-        if arm.protocol in ("logistic", "svm"):
-            return [{}]  # they set themselves
-        return self.plan.settings["scratch" if arm.protocol in NETWORKS else arm.protocol]
-
-    def _fingerprint(self, arm: Arm) -> Any:
+    def first_weights(self, arm: Arm) -> Any:
+        """Stands for the weights that an arm begins with: a run's digest, or how they are made where there is none."""
+        if arm.method not in (SCRATCH, "random"):
+            return run_fingerprint(arm.run)
         _, card = read_card(arm.run)
-        if arm.protocol == "cnn":
-            return {"input": card["input"]}
-        if arm.method in (SCRATCH, "random"):
-            parts = ["architecture", "input", *(["context"] if self.readout_for(arm.run) == "context" else [])]
-            seed = {"seed": self.plan.seed} if arm.method == "random" else {}
-            return {part: card[part] for part in parts} | seed
-        return run_fingerprint(arm.run)
+        parts = ["architecture", "input", *(["context"] if self.readout_for(arm.run) == "context" else [])]
+        seed = {"seed": self.plan.seed} if arm.method == "random" else {}
+        return {part: card[part] for part in parts} | seed
 
 
 @functools.lru_cache(maxsize=64)
@@ -365,33 +266,3 @@ def run_fingerprint(run: str) -> str:
         file = weights.with_suffix(".json") if name == "encoder.json" else weights.with_name(name)
         digest.update(name.encode() + (file.read_bytes() if file.is_file() else b""))
     return digest.hexdigest()[:12]
-
-
-def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
-    """Choose settings, learn from all labels of the cell, and look at the test images once."""
-    began = time.perf_counter()
-    choice = bench.choices[cell.amount, cell.seed]
-    protocol = bench.protocol(cell.arm, choice.indices)
-    setting = choose_setting(protocol, choice.indices, bench.labels, seed=cell.seed, ids=bench.ids)
-    everything = Rows("test", torch.arange(len(bench.test)))
-    predictions = protocol.predict(choice.indices, everything, setting, 1.0, cell.seed)
-    right = predictions == bench.test.labels
-    per_class = [right[bench.test.labels == label].double().mean().item() for label in bench.test.labels.unique()]
-    return {
-        "method": cell.arm.method,
-        "protocol": cell.arm.protocol,
-        "repeat": cell.arm.repeat,
-        "amount": str(cell.amount),
-        "labels": len(choice.indices),
-        "fraction": len(choice.indices) / len(bench.labels),
-        "seed": cell.seed,
-        "split": choice.digest,
-        "accuracy": right.double().mean().item(),
-        "class_accuracy": sum(per_class) / len(per_class),
-        "setting": dict(setting),
-        "seconds": round(time.perf_counter() - began, 2),
-        "draws": sum(amount == cell.amount for amount, _ in bench.choices),
-        "shared": bench.shared,
-        "asked": bench.asked(cell),
-        "predictions": predictions.tolist(),
-    }

@@ -1,6 +1,7 @@
 """The folder of a label sweep: a file for every cell that is done, and one for what went wrong with a cell.
 
-Whatever command or process comes to the folder, cells that are there are skipped, and stand in one curve with the new.
+Whatever command or process comes to the folder, cells that are there are skipped, and stand in one curve with the new:
+`CellFolder.check` refuses those that cannot.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from cpc.label_bench import Bench, Cell
 from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH, CellResult, read_results
+from cpc.label_recipes import asked_of
 from cpc.run_folder import differing_keys
 
 
@@ -26,14 +28,6 @@ class CellFolder:
     def has(self, cell: Cell) -> bool:
         """Whether a cell is done."""
         return (self.path / cell.file).is_file()
-
-    def finished(self, cell: Cell, asked: dict[str, Any]) -> bool:
-        """Whether a cell is done in the way that is asked for (`Bench.asked`); ValueError if in another way."""
-        if not self.has(cell):
-            return False
-        there = json.loads((self.path / cell.file).read_text())["asked"]
-        self._refuse(self.path / cell.file, differing_keys(_as_written(asked), there))
-        return True
 
     def keep(self, cell: Cell, result: dict[str, Any]) -> None:
         """Write a finished cell's file, whole or not at all."""
@@ -66,25 +60,35 @@ class CellFolder:
     def check(self, bench: Bench, cells: Sequence[Cell]) -> None:
         """Raise ValueError where cells that are there cannot stand in one curve with those that are asked for.
 
-        A second command may add arms and label counts. What it may not: other images or another making, another encoder
-        under the name of one that is there, other choices of as many labels.
+        A second command may add arms and label counts. What it may not: other images or another making, in an arm that
+        is there other settings or another readout, another encoder under the name of one that is there, other choices
+        of as many labels, the same choice by another name.
         """
         shared = _as_written(bench.shared)
-        encoders = {
-            _first_weights(cell.arm.method, cell.arm.repeat, cell.arm.protocol): _as_written(asked["encoder"])
-            for cell in cells
-            if "encoder" in (asked := bench.asked(cell))
+        asked = {arm: _as_written(asked_of(bench, arm)) for arm in {cell.arm for cell in cells}}
+        arms = {(arm.method, arm.repeat, arm.protocol): what for arm, what in asked.items()}
+        encoders = {_first_weights(*name): what["encoder"] for name, what in arms.items() if "encoder" in what}
+        choices = {
+            (len(choice.indices), seed): (str(amount), choice.digest)
+            for (amount, seed), choice in bench.choices.items()
         }
-        choices = {(len(choice.indices), seed): choice.digest for (_, seed), choice in bench.choices.items()}
         for written in self._files():
             result = json.loads(written.read_text())
             differing = differing_keys(shared, result["shared"])
-            name = _first_weights(result["method"], result["repeat"], result["protocol"])
-            if encoders.get(name, there := result["asked"].get("encoder")) != there:
+            name = result["method"], result["repeat"], result["protocol"]
+            there = result["asked"]
+            if name in arms:
+                differing += differing_keys(arms[name], there)
+            elif encoders.get(_first_weights(*name), there.get("encoder")) != there.get("encoder"):
                 differing.append("encoder")
-            if choices.get((result["labels"], result["seed"]), result["split"]) != result["split"]:
+            amount, digest = choices.get((result["labels"], result["seed"]), (result["amount"], result["split"]))
+            if digest != result["split"]:
                 differing.append(f"choice of {result['labels']} labels")
-            self._refuse(written, differing)
+            if differing:
+                of = ", ".join(differing)
+                raise ValueError(f"{written} was made with another {of}: pass another out, or remove it")
+            if name in arms and amount != result["amount"]:
+                raise ValueError(f"{written} has the labels of {amount}: pass {result['amount']}, or another out")
 
     def trained_from_scratch(self) -> Any:
         """The architecture that "image" and "patches" have trained; None where there is neither."""
@@ -98,11 +102,6 @@ class CellFolder:
 
     def _failure(self, cell: Cell) -> Path:
         return (self.path / cell.file).with_suffix(".failed")
-
-    @staticmethod
-    def _refuse(written: Path, differing: Sequence[str]) -> None:
-        if differing:
-            raise ValueError(f"{written} was made with another {', '.join(differing)}: pass another out, or remove it")
 
 
 def _first_weights(method: str, repeat: int, protocol: str) -> tuple[str, int, str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from contrastive_core.evaluate.selection import LabelProtocol, Rows, selection_parts, whole_trials
 from cpc.label_bench import Bench, Cell
 from cpc.label_protocols import FinetuneProtocol, LatentProtocol, ProbeProtocol
+from cpc.label_recipes import protocol_of
 
 
 def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
@@ -24,7 +25,7 @@ def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
         mine = {cell: bench.choices[cell.amount, cell.seed].indices for cell in cells if cell.arm == arm}
         fewest = min(mine.values(), key=len)
         try:
-            protocol = bench.protocol(arm, fewest)
+            protocol = protocol_of(bench, arm, fewest)
             copies = seconds_of_copies(protocol)
             trial, image = timings(protocol, fewest)
             seconds |= {

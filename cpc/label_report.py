@@ -183,6 +183,20 @@ def write_report(out: Path, results: Sequence[CellResult], truth: Tensor, about:
         draw(partial("label_efficiency.png"), curves, compared[-1])
 
 
+def write_failures(out: Path, failed: Sequence[str]) -> None:
+    """report.md where no cell is done: what went wrong, a line each; without any, nothing."""
+    if failed:
+        with whole_files(out) as partial:
+            lines = [
+                "# How many labels pre-training saves",
+                "",
+                "No cell is done.",
+                "",
+                *(f"- {said}" for said in failed),
+            ]
+            partial("report.md").write_text("\n".join(lines) + "\n")
+
+
 @contextmanager
 def whole_files(out: Path) -> Iterator[Callable[[str], Path]]:
     """Files that come into their folder whole and together, whatever other processes write there.
@@ -207,7 +221,7 @@ def _report(
         f"images of {about['classes']} classes; torch {about['torch']}, Python {about['python']}; "
         f"{about['seconds'] / 3600:.2f} h.",
         "",
-        f"    {about['command']}",
+        *[f"    {command}" for command in about["commands"]],
         "",
         *[f"- {note}" for note in about["notes"]],
         *[f"- failed: {said}" for said in about["failed"]],

@@ -4,13 +4,15 @@ A grid of label counts, choices of labels, first weights and protocols, against 
 that start from nothing. Every cell is a file: the same command goes on where it was, on one machine or on many
 (`-m shard=0,1 shards=2 hydra/launcher=joblib`), and draws the curve while it grows.
 
-This is an entry point. What is learned from few labels, and how, is in `cpc.label_protocols` and `cpc.label_bench`; the
-cells' files in `cpc.label_cells`; what they come to, in `cpc.label_curves` and `cpc.label_report`.
+This is an entry point. What there is to learn by, name by name, is in `cpc.label_recipes`, and how it learns in
+`cpc.label_protocols`; what cells share in `cpc.label_bench`, their files in `cpc.label_cells`; what they come to, in
+`cpc.label_curves` and `cpc.label_report`.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,39 +32,18 @@ from cpc.evaluate import labelled
 from cpc.features import MODES
 from cpc.finetune import run_augmentation
 from cpc.foreign import run_config, run_data
-from cpc.label_bench import (
-    FROM_SCRATCH,
-    FROZEN,
-    NETWORKS,
-    OF_RUNS,
-    Arm,
-    Bench,
-    Cell,
-    Plan,
-    choices_of,
-    run_cell,
-    run_fingerprint,
-    usable,
-)
+from cpc.label_bench import Arm, Bench, Cell, Plan, choices_of, run_fingerprint, usable
 from cpc.label_cells import CellFolder
 from cpc.label_costs import duration, planned_seconds
 from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH, CellResult
 from cpc.label_protocols import Both, Length
-from cpc.label_report import write_report
+from cpc.label_recipes import RECIPES, networks_from_scratch, protocols_of, run_cell
+from cpc.label_report import write_failures, write_report
 from cpc.run import plain
 from cpc.run_folder import MAY_CHANGE, check_no_file, differing_keys
+from cpc.seen_images import seen_notes
 
 LEARNED_FROM_LABELS = ("Classifier", "Distill")
-
-IN_A_SETTING = {
-    "linear": ("cells",),
-    "knn": ("neighbours", "cells"),
-    "classifier": ("lr", "weight_decay"),
-    "finetune": ("lr", "weight_decay", "encoder_lr"),
-    "head": ("lr",),
-    "scratch": ("lr", "weight_decay"),
-}
-"""What each of a protocol's settings says; "scratch" is every network's from random weights."""
 
 REPORT_EVERY = 120
 """Seconds between two drawings of the curve while it grows: thousands of resamples each."""
@@ -118,10 +99,10 @@ def check_asked(cfg: DictConfig) -> None:
     for name, hint in {"runs": "[DIR,...], folders of finished runs", "out": "DIR, where the results go"}.items():
         if OmegaConf.is_missing(cfg, name) or not cfg[name]:
             raise ValueError(f"not given: {name}; pass {name}={hint}")
-    for name, known in {"protocols": OF_RUNS, "random": FROZEN, "scratch": FROM_SCRATCH}.items():
-        unknown = [protocol for protocol in cfg[name] if protocol not in known]
+    for name in ("protocols", "random", "scratch"):
+        unknown = [protocol for protocol in cfg[name] if protocol not in protocols_of(name)]
         if unknown:
-            raise ValueError(f"{name}={unknown}: pass some of {', '.join(known)}")
+            raise ValueError(f"{name}={unknown}: pass some of {', '.join(protocols_of(name))}")
     if not amounts_of(cfg):
         raise ValueError("no labels asked for: pass fractions=[0.01,0.1], labels=[20,40] or labels_per_class=[1,2]")
     for name, least in {
@@ -147,17 +128,17 @@ def check_asked(cfg: DictConfig) -> None:
             raise ValueError(f"steps.{name}={dict(length)}: pass 1 <= least <= most, and passes of at least 0")
     if cfg.scratch_times < 1:
         raise ValueError(f"scratch_times={cfg.scratch_times}: pass at least 1, as many steps as both phases together")
-    for name in sorted({*cfg.protocols, *cfg.random, "scratch"}):
-        _check_settings(name, cfg.settings.get(name))
-    most = max((len(cfg.settings[name]) for name in cfg.protocols if name in (*cfg.steps, "head")), default=1)
-    if set(cfg.scratch) & set(NETWORKS) and 0 < len(cfg.settings.scratch) < most:
+    asked = [RECIPES[name] for name in (*cfg.protocols, *cfg.random, *cfg.scratch)]
+    for name, keys in {recipe.settings: recipe.in_a_setting for recipe in asked if recipe.settings}.items():
+        _check_settings(name, keys, cfg.settings.get(name))
+    most = max((len(cfg.settings[name]) for name in cfg.protocols if RECIPES[name].takes_steps), default=1)
+    if set(cfg.scratch) & set(networks_from_scratch()) and len(cfg.settings.scratch) < most:
         raise ValueError(
             f"settings.scratch has {len(cfg.settings.scratch)} settings, what is pre-trained up to {most}: pass as many"
         )
 
 
-def _check_settings(name: str, settings: Any) -> None:
-    keys = IN_A_SETTING[name]
+def _check_settings(name: str, keys: Sequence[str], settings: Any) -> None:
     shown = f"'settings.{name}=[{{{','.join(f'{key}:NUMBER' for key in keys)}}}]'"
     if not settings:
         raise ValueError(f"settings.{name} has none: pass {shown}, one setting or more")
@@ -326,7 +307,7 @@ def sweep(cfg: DictConfig) -> Path:
     out, bench = Path(cfg.out), bench_of(cfg)
     cells, folder = cells_of(cfg, bench), CellFolder(out / "cells")
     folder.check(bench, cells)
-    missing = [cell for cell in cells if not folder.finished(cell, bench.asked(cell))]
+    missing = [cell for cell in cells if not folder.has(cell)]
     mine = [cell for place, cell in enumerate(cells) if place % cfg.shards == cfg.shard and cell in set(missing)]
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(cells)} cells, {len(cells) - len(missing)} are there already")
@@ -348,7 +329,9 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
     """Of all cells in the folder, other commands' and other shards' too."""
     folder = CellFolder(out / "cells")
     results = folder.results()
-    if results:
+    if not results:
+        write_failures(out, folder.failures())
+    else:
         features = {
             "encoded": sum(table.encoded for table in bench.tables.values()),
             "seconds": round(sum(table.seconds for table in bench.tables.values()), 1),
@@ -357,6 +340,7 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
         before = read_json(out / "summary.json", largest=1 << 26) if (out / "summary.json").is_file() else {}
         about = {**about, "cells": len(results) + missing, "features": features, "failed": folder.failures()}
         about["runs"] = before.get("runs", {}) | about["runs"]  # another command's arms are in the folder, too
+        about["commands"] = list(dict.fromkeys([*before.get("commands", []), *about["commands"]]))
         methods = dict.fromkeys(result.method for result in results if result.method not in (SCRATCH, "random"))
         groups = {method: about["runs"].get(method, []) for method in methods}
         about["other_networks"] = other_networks(groups, folder.trained_from_scratch())
@@ -366,7 +350,7 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
 
 def lengths_from_scratch(plan: Plan, results: Sequence[CellResult]) -> list[str]:
     """How long the networks from scratch were trained, with the fewest labels and with the most."""
-    trained = {cell.labels for cell in results if cell.method == SCRATCH and cell.protocol in NETWORKS}
+    trained = {cell.labels for cell in results if cell.method == SCRATCH and cell.protocol in networks_from_scratch()}
     said = []
     for labels in sorted({min(trained), max(trained)}) if trained else ():
         steps = plan.lengths["scratch"].steps(labels, plan.batch_size)
@@ -377,14 +361,8 @@ def lengths_from_scratch(plan: Plan, results: Sequence[CellResult]) -> list[str]
 
 def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
     """What a reader of the report has to know about where its numbers come from."""
-    test_ids = set(sample_ids(bench.test).tolist())
-    doubles = len(test_ids & set(bench.ids.tolist()))
     probed = [run for run in cfg.runs if (run_config(run)[1].get("probe_every") or 0) > 0]
-    said = []
-    if doubles:
-        said.append(
-            f"{doubles} test images are among the training images, by their bytes, or by the ends of their paths"
-        )
+    said = seen_notes(bench.test, plain(cfg.data), cfg.runs, build)
     if probed:
         watched = ", ".join(probed)
         said.append(f"a kNN probe with labels of training images watched pre-training, for its log alone: {watched}")
@@ -395,7 +373,7 @@ def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
     if "patches" in cfg.scratch and not has_patches(first):
         said.append(f"no network on patches from scratch: the first run, {first}, was trained on whole images")
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "commands": [shlex.join(["python", *sys.argv])],
         "runs": groups,
         "train_images": len(bench.labels),
         "test_images": len(bench.test),

@@ -158,9 +158,7 @@ def test_runs_and_draws_are_counted_and_averaged_over():
 
 def several(*cells: tuple[int, int, int], draws: int = 2) -> list[CellResult]:
     """CPC's linear probe with 10 labels, of so many draws: repeat, seed, how many are right."""
-    return [
-        cell("CPC", "linear", 10, right, seed=seed, repeat=repeat, draws=draws) for repeat, seed, right in cells
-    ]
+    return [cell("CPC", "linear", 10, right, seed=seed, repeat=repeat, draws=draws) for repeat, seed, right in cells]
 
 
 def test_a_missing_cell_costs_nothing_but_itself():
@@ -186,7 +184,9 @@ def test_a_second_runs_first_cell_changes_little_and_a_double_nothing():
     for end in ("low", "high"):  # of other random numbers
         assert float(double[end]) == pytest.approx(float(alone[end]), rel=0.1)
     more = found([*scratch(0, 1, 2), *several(*one_run, (1, 0, 16), draws=3)])[10]
-    assert (more["saving"], more["draws"]) == (f"{4 * 4 ** (1 / 3 / 12):.1f}", 3), "in the mean a third of an image more"
+    assert (more["saving"], more["draws"]) == (f"{4 * 4 ** (1 / 3 / 12):.1f}", 3), (
+        "in the mean a third of an image more"
+    )
 
 
 def test_runs_without_a_choice_in_common_have_their_row():

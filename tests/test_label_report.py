@@ -68,7 +68,7 @@ def test_results_are_read_back_and_missing_files_are_none(tmp_path: Path):
 # ---- what is written ----
 
 ABOUT: dict[str, Any] = {
-    "command": "python tools/sweep_labels.py labels=[10,40]",
+    "commands": ["python tools/sweep_labels.py labels=[10,40]", "python tools/sweep_labels.py labels=[160]"],
     "runs": {"CPC": ["a", "b"], "SimCLR": ["c"]},
     "train_images": 4000,
     "test_images": 40,
@@ -122,7 +122,7 @@ def test_the_report_says_what_its_reader_has_to_know(tmp_path: Path):
     for expected in (
         "8 of 12 cells; 4,000 training and 40 test images of 4 classes; torch 9.9.9, "
         f"Python {platform.python_version()}; 0.00 h.",
-        "    python tools/sweep_labels.py labels=[10,40]",
+        *(f"    {command}" for command in ABOUT["commands"]),
         "- a note",
         "- one pre-training run of CPC linear: its intervals leave that luck out",
         "- CPC linear has 2 of 9 cells with 10 labels",
@@ -135,7 +135,8 @@ def test_the_report_says_what_its_reader_has_to_know(tmp_path: Path):
         assert expected in lines
     assert len([line for line in lines if line.startswith("digest")]) == 6, "each split once"
     assert [line.split() for line in lines if "4.0" in line] == [
-        ["CPC", "linear", "10", *against.split(), "4.0", "4.0", "4.0", "True", "2", "2", "1"] for against in (BEST, SAME)
+        ["CPC", "linear", "10", *against.split(), "4.0", "4.0", "4.0", "True", "2", "2", "1"]
+        for against in (BEST, SAME)
     ]
     assert [line for line in lines if line.startswith("## Label saving")] == [
         "## Label saving by test accuracy: n_s / n, and its 95 % interval"
@@ -153,7 +154,8 @@ def test_the_luck_of_a_single_run_is_told_by_the_cells_that_there_are(tmp_path: 
     results = [*scratch(), *two, cell("SimCLR", "linear", 10, 20), cell("random", "linear", 10, 8)]
     results.append(cell("CPC", "classifier", 10, 20))
     assert told(tmp_path, results, "one pre-training run of") == [
-        f"one pre-training run of {arm}: its intervals leave that luck out" for arm in ("SimCLR linear", "CPC classifier")
+        f"one pre-training run of {arm}: its intervals leave that luck out"
+        for arm in ("SimCLR linear", "CPC classifier")
     ]
     assert len(told(tmp_path, [one for one in results if one.repeat == 0], "one pre-training run of")) == 4
 

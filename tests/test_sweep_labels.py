@@ -26,13 +26,14 @@ from contrastive_core.data import (
     sample_ids,
     split_digest,
 )
-from contrastive_core.evaluate.selection import choose_setting
-from cpc import label_bench
+from contrastive_core.evaluate.selection import Rows, choose_setting
+from cpc import label_recipes
 from cpc.configs import config_folder
 from cpc.entry import Incomplete
 from cpc.label_bench import Arm, Cell, choices_of, run_fingerprint, usable
 from cpc.label_costs import duration, planned_seconds
 from cpc.label_protocols import Length, linear, nearest
+from cpc.label_recipes import DEPENDS, RECIPES, asked_of, networks_from_scratch, protocol_of, protocols_of
 from cpc.pretrain import pretrain
 from cpc.sweep_labels import (
     bench_of,
@@ -199,6 +200,17 @@ def test_the_same_network_is_that_of_the_cells_whichever_command_made_them(confi
         assert {row["method"] for row in savings if row["against"] == "best from scratch"} == {"CPC", "SimCLR"}
 
 
+def test_every_command_that_made_a_folder_stands_in_its_report(configured, tmp_path, monkeypatch):
+    few = ["seeds=1", "random=[]", "protocols=[]", "scratch=[svm]"]
+    for labels in ("labels=[20]", "labels=[40]", "labels=[20]"):
+        monkeypatch.setattr("sys.argv", ["tools/sweep_labels.py", labels])
+        sweep(configured(*few, labels))
+    lines = (tmp_path / "out/report.md").read_text().splitlines()
+    commands = [f"    python tools/sweep_labels.py 'labels=[{count}]'" for count in (20, 40)]
+    assert [line for line in lines if line.startswith("    python")] == commands
+    assert json.loads((tmp_path / "out/summary.json").read_text())["commands"] == [one.strip() for one in commands]
+
+
 def test_two_runs_do_not_become_one_curve(configured, tmp_path):
     """Neither with other labels, nor with another protocol, where no cell is asked for that is there."""
     few = ["seeds=1", "random=[]", "scratch=[]"]
@@ -240,7 +252,7 @@ def test_a_killed_sweep_does_only_what_is_missing(configured, tmp_path, monkeypa
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(cell)
-        return label_bench.run_cell(bench, cell)
+        return label_recipes.run_cell(bench, cell)
 
     with monkeypatch.context() as patch:
         patch.setattr(cpc.sweep_labels, "run_cell", stopped)
@@ -264,7 +276,7 @@ def test_a_cell_that_breaks_is_told_and_does_not_stop_the_rest(configured, tmp_p
     def broken(bench, cell):
         if cell.arm.protocol == "knn" and cell.seed == 1:
             raise RuntimeError("out of\nluck")
-        return label_bench.run_cell(bench, cell)
+        return label_recipes.run_cell(bench, cell)
 
     with monkeypatch.context() as patch:
         patch.setattr(cpc.sweep_labels, "run_cell", broken)
@@ -280,6 +292,14 @@ def test_a_cell_that_breaks_is_told_and_does_not_stop_the_rest(configured, tmp_p
     sweep(configured(*QUICK))
     assert len(files(tmp_path / "out")) == 8 + 4
     assert "failed" not in report.read_text()
+
+
+def test_where_every_cell_breaks_the_report_says_so(configured, tmp_path):
+    with pytest.raises(Incomplete, match="4 of 4 cells failed"):
+        sweep(configured(*QUICK, "scratch=[]", "settings.knn=[{neighbours:5,cells:0}]"))
+    report = (tmp_path / "out/report.md").read_text()
+    assert "No cell is done." in report
+    assert report.count("- CPC knn: labels=") == 4
 
 
 def test_an_arm_that_cannot_even_be_timed_does_not_stop_the_rest(configured, tmp_path, capsys):
@@ -340,12 +360,16 @@ def test_an_encoder_of_one_cell_is_read_whole():
 
 
 def test_cells_of_another_making_are_refused(configured, tmp_path):
+    """Those that are asked for again, and those with other numbers of labels, which would stand in one line."""
     sweep(configured(*QUICK))
     before = files(tmp_path / "out")
-    with pytest.raises(ValueError, match="was made with another settings: pass another out, or remove it"):
-        sweep(configured(*QUICK, "settings.knn=[{neighbours:5,cells:1}]"))
-    with pytest.raises(ValueError, match="was made with another encoder"):
-        sweep(configured(*QUICK, use=slice(1, 2)))
+    for labels in ("labels=[20,40]", "labels=[100]"):
+        with pytest.raises(ValueError, match="was made with another settings: pass another out, or remove it"):
+            sweep(configured(*QUICK, labels, "settings.knn=[{neighbours:5,cells:1}]"))
+        with pytest.raises(ValueError, match="was made with another mode: pass another out"):
+            sweep(configured(*QUICK, labels, "mode=image"))
+        with pytest.raises(ValueError, match="was made with another encoder"):
+            sweep(configured(*QUICK, labels, use=slice(1, 2)))
     assert files(tmp_path / "out") == before
     with pytest.raises(ValueError, match=r"was made with another steps\.classifier, steps\.head, steps\.scratch"):
         sweep(configured(*QUICK, "steps.classifier.most=7", "steps.classifier.least=7", "labels=[100]"))
@@ -353,17 +377,56 @@ def test_cells_of_another_making_are_refused(configured, tmp_path):
     assert len(files(tmp_path / "out")) == 12
 
 
+def test_cells_of_an_older_version_are_refused(configured, tmp_path):
+    """The SVM's choice of a kernel has changed since its first."""
+    few = ["labels=[20]", "seeds=1", "scratch=[svm]", "random=[]", "protocols=[]"]
+    sweep(configured(*few))
+    (written,) = files(tmp_path / "out")
+    cell = json.loads(written.read_text())
+    assert cell["asked"].pop("version") == 2
+    written.write_text(json.dumps(cell))
+    with pytest.raises(ValueError, match="was made with another version: pass another out, or remove it"):
+        sweep(configured(*few))
+
+
+def test_the_same_labels_by_another_name_are_asked_for_by_theirs(configured, tmp_path):
+    sweep(configured(*QUICK, "labels=[20]"))
+    before = files(tmp_path / "out")
+    with pytest.raises(ValueError, match="has the labels of labels_per_class=2: pass labels=20, or another out"):
+        sweep(configured(*QUICK, "labels=[]", "labels_per_class=[2]"))
+    assert files(tmp_path / "out") == before
+
+
+def test_an_ordinary_network_is_the_same_whichever_run_comes_first(configured, tmp_path):
+    """Of a run it takes how images are normalised; of the classifier its dropout."""
+    few = ["labels=[20]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
+    sweep(configured(*few))
+    before = files(tmp_path / "out")
+    sweep(configured(*few, "classifier.width=8", "augmentation.flip=0", use=slice(2, 3)))
+    assert files(tmp_path / "out") == before
+    with pytest.raises(ValueError, match="was made with another dropout"):
+        sweep(configured(*few, "classifier.dropout=0.5"))
+
+
+def test_what_depends_on_what_is_named_once():
+    """Every protocol of the configuration has its recipe, with settings of its own keys; nothing is named in vain."""
+    cfg = composed("sweep_labels", "runs=[a]", "out=b")
+    for key in ("protocols", "random", "scratch"):
+        assert set(cfg[key]) <= set(protocols_of(key))
+    assert {recipe.settings for recipe in RECIPES.values()} == {*cfg.settings, ""}
+    for recipe in RECIPES.values():
+        assert all(set(setting) == set(recipe.in_a_setting) for setting in cfg.settings.get(recipe.settings, []))
+    assert set().union(*(recipe.reads for recipe in RECIPES.values())) == set(DEPENDS)
+    assert networks_from_scratch() == ["cnn", "image", "patches"]
+
+
 def test_a_cell_knows_all_that_it_depends_on(bench, runs, tmp_path):
     """Of what may change between two commands in a folder, each arm is asked about what it reads and nothing else."""
     made = bench("labels=[20]", "seeds=1")
     assert {"views", "cnn", "precision", "train", "test", "steps", "batch_size", "pixels"} == set(made.shared)
     for protocol in ("linear", "classifier", "finetune"):
-        arm = Arm("CPC", protocol, str(runs[0]))
-        assert {"encoder", "mode", "readout", "settings", "split"} <= set(
-            made.asked(Cell(arm, LabelAmount("labels", 20), 0))
-        )
-    cnn = made.asked(Cell(Arm("scratch", "cnn", str(runs[0])), LabelAmount("labels", 20), 0))
-    assert not {"mode", "readout", "encodings"} & set(cnn)
+        assert {"encoder", "mode", "readout", "settings"} <= set(asked_of(made, Arm("CPC", protocol, str(runs[0]))))
+    assert set(asked_of(made, Arm("scratch", "cnn", str(runs[0])))) == {"settings", "normalisation", "dropout"}
     before, copied = run_fingerprint(str(runs[0])), tmp_path / "copied"
     for name in ("encoder.json", "encoder.safetensors", "context.safetensors"):
         shutil.copytree(runs[0], copied)
@@ -381,8 +444,8 @@ def test_contexts_are_read_out_of_cpc_alone(bench, runs):
     )
     for method, protocol in (("CPC", "finetune"), ("scratch", "patches"), ("random", "linear")):
         cell = Cell(Arm(method, protocol, str(runs[0])), LabelAmount("labels", 20), 0)
-        assert made.asked(cell)["readout"] == "context"
-        assert len(label_bench.run_cell(made, cell)["predictions"]) == 100
+        assert asked_of(made, cell.arm)["readout"] == "context"
+        assert len(label_recipes.run_cell(made, cell)["predictions"]) == 100
 
 
 def test_shards_share_the_cells_and_either_draws_the_curve(configured, tmp_path):
@@ -456,9 +519,9 @@ def test_test_images_are_looked_at_once_at_the_end(bench, runs, monkeypatch, met
     made = bench("labels=[20]", "seeds=1", two)
     cell = Cell(Arm(method, protocol, run_of(runs, method)), LabelAmount("labels", 20), 0)
     chosen = set(made.choices[cell.amount, 0].indices.tolist())
-    watched = Watched(made.protocol(cell.arm, made.choices[cell.amount, 0].indices))
-    monkeypatch.setattr(made, "protocol", lambda arm, indices: watched)
-    label_bench.run_cell(made, cell)
+    watched = Watched(protocol_of(made, cell.arm, made.choices[cell.amount, 0].indices))
+    monkeypatch.setattr(label_recipes, "protocol_of", lambda bench, arm, indices: watched)
+    label_recipes.run_cell(made, cell)
     assert all(set(fit.tolist()) <= chosen for fit, _, _ in watched.asked)
     *trials, last = watched.asked
     assert last[1].part == "test"
@@ -473,13 +536,13 @@ def test_test_images_are_looked_at_once_at_the_end(bench, runs, monkeypatch, met
 def test_no_other_label_has_a_say(bench, runs, method, protocol):
     made = bench("labels=[20]", "seeds=1")
     cell = Cell(Arm(method, protocol, run_of(runs, method)), LabelAmount("labels", 20), 0)
-    before = label_bench.run_cell(made, cell)["predictions"]
+    before = label_recipes.run_cell(made, cell)["predictions"]
     chosen = made.choices[cell.amount, 0].indices
     others = torch.ones(len(made.labels), dtype=torch.bool)
     others[chosen] = False
     made.splits.train.labels[others] = made.labels[others].flip(0)
     try:
-        assert label_bench.run_cell(made, cell)["predictions"] == before
+        assert label_recipes.run_cell(made, cell)["predictions"] == before
     finally:
         made.splits.train.labels[others] = made.labels[others].flip(0)
 
@@ -495,7 +558,7 @@ def test_a_cell_leaves_the_encoder_as_it_was(bench, runs, method, protocol):
     arm = Arm(method, protocol, run)
     encoder, before = made.encoder(arm).encoder, run_fingerprint.__wrapped__(run)
     assert any("running_mean" in name for name in encoder.state_dict()) == (method == "SimCLR")
-    label_bench.run_cell(made, Cell(arm, LabelAmount("labels", 20), 0))
+    label_recipes.run_cell(made, Cell(arm, LabelAmount("labels", 20), 0))
     weights = load_file(f"{run}/encoder.safetensors")
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
@@ -509,14 +572,14 @@ def test_fine_tuning_moves_the_encoder_and_its_rate_of_zero_does_not(bench, runs
     arm, amount = Arm("CPC", "finetune", str(runs[0])), LabelAmount("labels", 20)
     still = bench("labels=[20]", "seeds=1", frozen, "steps.classifier={least:40,passes:0,most:40}")
     chosen = still.choices[amount, 0].indices
-    at = label_bench.Rows("train", chosen)
-    protocol = still.protocol(arm, chosen)
-    first = still.protocol(arm._replace(protocol="classifier"), chosen)
+    at = Rows("train", chosen)
+    protocol = protocol_of(still, arm, chosen)
+    first = protocol_of(still, arm._replace(protocol="classifier"), chosen)
     setting = {"lr": 0.0, "weight_decay": 0.0, "encoder_lr": 0.0}
     assert torch.equal(protocol.predict(chosen, at, setting, 1.0, 0), first.predict(chosen, at, setting, 1.0, 0)), (
         "nothing learned: a classifier at zero says class 0 to everything"
     )
-    at = label_bench.Rows("test", torch.arange(100))
+    at = Rows("test", torch.arange(100))
     moved, unmoved = (
         protocol.predict(chosen, at, {"lr": 0.1, "weight_decay": 0.0, "encoder_lr": rate}, 1.0, 0)
         for rate in (1.0, 0.0)
@@ -529,13 +592,13 @@ def test_features_are_encoded_once_for_all_cells(bench, runs):
     made = bench("labels=[20,100]", "seeds=2", "protocols=[linear,knn]")
     for protocol in ("linear", "knn"):
         for amount, seed in made.choices:
-            label_bench.run_cell(made, Cell(Arm("CPC", protocol, str(runs[0])), amount, seed))
+            label_recipes.run_cell(made, Cell(Arm("CPC", protocol, str(runs[0])), amount, seed))
     (table,) = made.tables.values()
     used = set().union(*(set(choice.indices.tolist()) for choice in made.choices.values()))
     assert table.encoded == len(used) + 100
     unused = torch.tensor([index for index in range(4000) if index not in used][:1])
     with pytest.raises(ValueError, match="that no choice of labels holds"):
-        table.at(label_bench.Rows("train", unused))
+        table.at(Rows("train", unused))
 
 
 def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
@@ -543,7 +606,8 @@ def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
     for protocol in ("cnn", "patches", "classifier", "finetune"):
         arm = Arm("scratch" if protocol in ("cnn", "patches") else "CPC", protocol, str(runs[0]))
         first, again, other = (
-            label_bench.run_cell(made, Cell(arm, LabelAmount("labels", 20), seed))["predictions"] for seed in (0, 0, 1)
+            label_recipes.run_cell(made, Cell(arm, LabelAmount("labels", 20), seed))["predictions"]
+            for seed in (0, 0, 1)
         )
         assert first == again, protocol
         assert first != other, protocol
@@ -698,7 +762,7 @@ def test_durations_are_said_as_people_do(seconds, said):
 def test_one_label_a_class_takes_the_setting_that_was_fixed_beforehand(bench, runs):
     made = bench("labels_per_class=[1]", "seeds=1")
     arm = Arm("CPC", "finetune", str(runs[0]))
-    watched = Watched(made.protocol(arm, made.choices[LabelAmount("labels_per_class", 1), 0].indices))
+    watched = Watched(protocol_of(made, arm, made.choices[LabelAmount("labels_per_class", 1), 0].indices))
     chosen = made.choices[LabelAmount("labels_per_class", 1), 0].indices
     assert choose_setting(watched, chosen, made.labels, seed=0, ids=made.ids) == watched.settings[0]
     assert not watched.asked
