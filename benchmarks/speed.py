@@ -6,7 +6,7 @@
 
     step       a step of CPC v2 at STL-10's size (64 px, 49 patches of 16 px, ResNet-14, 16 images, four context
                networks of five blocks, all positions as candidates) against its encoder, its context networks, and a
-               plain version
+               plain version that we wrote in the manner of public ones, whose loss has 16 sampled negatives
     encoder    its operations a second against those of products of the same shapes
     compiled   encoder and context network against themselves under torch.compile
     patches    CPC v2's augmentation of 80 px patches against kornia's modules of the same operations and probabilities
@@ -494,7 +494,7 @@ def losses(rounds: int) -> dict[str, Any]:
 # ---- the picture ----
 
 BARS = (
-    ("a step of CPC v2, 64 px", "a plain version", ("step", "plain_over_ours")),
+    ("a step of CPC v2, 64 px", "a plain one of ours", ("step", "plain_over_ours")),
     ("CPC v2's patches, augmented", "kornia", ("patches", "kornia_over_ours")),
     ("SimCLR's two views, 96 px", "kornia", ("views", "kornia_over_ours")),
     ("SimCLR's two views, 96 px", "torchvision v2", ("views", "torchvision_over_ours")),

@@ -48,7 +48,7 @@ def plot_found(
                 said = f"{class_names[int(label)]} {float(score):.2f}"
                 paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
                 axes.text(float(box[0]), float(box[1]), said, fontsize=6.5, color=INK, va="bottom", bbox=paper)
-    figure.suptitle("green: there; red: found, with class and score", color=INK, fontsize=10)
+    figure.suptitle("green: there; brown: found, with class and score", color=INK, fontsize=10)
     save_figure(figure, path)
 
 

@@ -25,12 +25,16 @@ class Curve(NamedTuple):
 
 
 class SavingArrow(NamedTuple):
-    """`saving` of the curve at this place in the list, at a number of labels and an accuracy."""
+    """`saving` of the curve at this place in the list, at a number of labels and an accuracy.
+
+    sure: whether its whole interval lies above 1.
+    """
 
     labels: int
     accuracy: float
     saving: Saving
     curve: int
+    sure: bool = True
 
 
 def label_figure(
@@ -39,7 +43,7 @@ def label_figure(
     """Accuracy in percent against labels on a log axis, a band of one deviation over the choices of labels.
 
     An arrow runs from its curve to where a saving of x would lie: x times as many labels at the same accuracy. Savings
-    of one and less are not drawn, censored ones as far as they are known.
+    of one and less are not drawn, censored ones as far as they are known; those that are not sure are dotted.
 
     Raises ValueError for no curve with a point.
 
@@ -54,8 +58,11 @@ def label_figure(
     shades = [MUTED if curve.baseline else next(colours) for curve in curves]
     for curve, colour in zip(curves, shades, strict=True):
         _line(axes, curve, colour)
-    for arrow in arrows:
+    drawn = [arrow for arrow in arrows if arrow.saving.value > 0 and arrow.saving.bound > 1.05]
+    for arrow in drawn:
         _arrow(axes, arrow, shades[arrow.curve])
+    if not all(arrow.sure for arrow in drawn):
+        axes.plot([], [], ":", color=INK, linewidth=1.1, label="dotted: the interval reaches 1")
     counts = sorted({labels for curve in curves for labels in curve.points})
     axes.set_xticks(counts, [f"{labels:,}" for labels in counts])
     axes.set_xticks([], minor=True)
@@ -76,12 +83,9 @@ def _line(axes: Axes, curve: Curve, colour: str) -> None:
 
 
 def _arrow(axes: Axes, arrow: SavingArrow, colour: str) -> None:
-    if arrow.saving.value == 0 or arrow.saving.bound <= 1.05:
-        return
     height, end = 100 * arrow.accuracy, arrow.labels * arrow.saving.bound
-    axes.annotate(
-        "", (end, height), (arrow.labels, height), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.1}
-    )
+    line = {"arrowstyle": "->", "color": colour, "linewidth": 1.1, "linestyle": "-" if arrow.sure else ":"}
+    axes.annotate("", (end, height), (arrow.labels, height), arrowprops=line)
     axes.annotate(
         f"{arrow.saving}x",
         ((arrow.labels * end) ** 0.5, height),

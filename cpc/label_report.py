@@ -103,10 +103,18 @@ def draw(path: Path, curves: Curves, compared: Compared) -> None:
         for protocol in shown_protocols(curves, method, by):
             curve = curves[method, protocol]
             points = {labels: curve.accuracies(labels, by) for labels in sorted(curve.cells)}
+            if method == "random" and len(points) < 2 and drawn:
+                continue  # a dot far below squeezes all lines into a strip; it is in the tables
             drawn.append(Curve(f"{method}, {protocol}", points))
             if method != "random":
                 arrows += [
-                    SavingArrow(each.labels, statistics.mean(points[each.labels]), each.interval.saving, len(drawn) - 1)
+                    SavingArrow(
+                        each.labels,
+                        statistics.mean(points[each.labels]),
+                        each.interval.saving,
+                        len(drawn) - 1,
+                        each.saves,
+                    )
                     for each in compared.savings
                     if (each.method, each.protocol, each.against) == (method, protocol, BEST)
                 ]

@@ -106,6 +106,17 @@ def test_only_savings_above_1_are_drawn_and_censored_ones_as_far_as_known(saving
     assert ends == [round(10 * float(one.strip("> x"))) for one in drawn]
 
 
+def test_arrows_that_are_not_sure_are_dotted_and_the_legend_says_so():
+    sure, unsure = (SavingArrow(10, 0.5, Saving(10.0, 10.0), 1, sure=sure) for sure in (True, False))
+    undrawn = SavingArrow(10, 0.5, Saving(0.5, 0.5), 1, sure=False)
+    for arrows, styles in (([sure, undrawn], ["-"]), ([sure, unsure], ["-", ":"])):
+        axes = axes_of(SCRATCH, FROZEN, arrows=arrows)
+        heads = [text.arrow_patch for text in axes.texts if text.arrow_patch is not None]
+        assert [head.get_linestyle() for head in heads] == styles
+        words = [text.get_text() for text in axes.get_legend().get_texts()][2:]
+        assert words == ["dotted: the interval reaches 1"] * (":" in styles)
+
+
 def test_more_curves_than_colours():
     axes = axes_of(*(Curve(f"arm {place}", {10: [place / 20]}) for place in range(14)))
     colours = [line.get_color() for line in axes.lines]

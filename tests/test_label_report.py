@@ -14,8 +14,12 @@ import torch
 from label_cells import TRUTH, UNEVEN, cell, scratch, uneven_cells
 from PIL import Image
 
+import cpc.label_report
+from contrastive_core.label_plots import Curve, label_figure
 from cpc.label_curves import BEST, SAME, SCRATCH, CellResult, curves_of, read_results, savings_of
 from cpc.label_report import accuracy_rows, best_protocol, saving_row, shown_protocols, write_report
+
+FIGURE = label_figure([Curve("a", {10: [0.5]})])
 
 # ---- tables ----
 
@@ -214,6 +218,16 @@ def test_classes_of_unlike_size_have_their_own_savings(tmp_path: Path):
         "## Label saving by test accuracy",
         "## Label saving by mean test accuracy of the classes",
     ]
+
+
+def test_an_untrained_encoders_lone_point_is_in_the_tables_and_not_in_the_picture(tmp_path: Path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(cpc.label_report, "label_figure", lambda curves, *rest, **named: drawn.append(curves) or FIGURE)
+    results = [*scratch(), cell("CPC", "linear", 10, 20), cell("random", "linear", 10, 3)]
+    for more in ([], [cell("random", "linear", 40, 4)]):
+        write_report(tmp_path, [*results, *more], TRUTH, ABOUT)
+        assert [curve.name for curve in drawn[-1]] == [BEST, "CPC, linear", *["random, linear"] * len(more)]
+        assert "random  linear" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize("results", [[cell("CPC", "linear", 10, 20)], scratch(), [cell("random", "knn", 10, 3)]])
