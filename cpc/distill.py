@@ -27,6 +27,8 @@ from cpc.finetune import (
     check_which_labels,
     chosen_labels,
     labelled_test,
+    let_classifier_decay_,
+    overrides,
     refuse_what_a_run_decides,
     take_over_,
     write_tests,
@@ -130,6 +132,7 @@ def distill(cfg: DictConfig) -> Path:
 
 def _from_the_command_line(cfg: DictConfig) -> Path:
     refuse_what_a_run_decides(None if OmegaConf.is_missing(cfg, "teacher") else cfg.teacher)
+    let_classifier_decay_(cfg, overrides())
     return distill(cfg)
 
 

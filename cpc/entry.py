@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import logging
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -36,7 +37,10 @@ from cpc.fast_precision import fast_precision
 from cpc.freed_memory import keep_freed_memory
 from cpc.interruption import Stopped
 from cpc.prediction import first_disjoint_offset
+from cpc.unread_keys import unread_keys
 from cpc.verbosity import is_main_process, speaking, take_verbosity, versions
+
+logger = logging.getLogger(__name__)
 
 # what a user can mend: told in one line, without a traceback
 USER_ERRORS = (
@@ -315,6 +319,16 @@ def run_name() -> str:
     method = choices.get("method")
     parts = [choices.get("experiment")] if choices.get("experiment") else [method, choices.get("data")]
     return "-".join(str(part) for part in parts if part and part != "cpc") or "run"
+
+
+def warn_of_unread_keys(cfg: DictConfig) -> None:
+    """Log a warning for each key of the command line that all recipes share and this one makes nothing of.
+
+    No error: a list of such keys may serve several methods, each of which takes what it has a use for.
+    """
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() and is_main_process() else []
+    for line in unread_keys(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)), given):
+        logger.warning("%s", line)
 
 
 def check_complete(cfg: DictConfig) -> None:

@@ -38,7 +38,8 @@ class FrozenEncoder(nn.Module):
         encoder: as pre-training left it.
         image_size: pixels a side that it is fed.
         load_size: pixels that the short side of another image is resized to before the crop, so that things are as
-            large as they were in training; None = image_size.
+            large as they were in training; where that is less than image_size, whose views were enlarged in training,
+            the image is, too. None = image_size.
         patch_size, stride: the grid it was trained on; None for an encoder of whole images.
         mean, std: normalisation.
         mode: "patches" encodes every patch of the grid; "image" runs the encoder over the whole image.
@@ -126,8 +127,9 @@ class FrozenEncoder(nn.Module):
     def _fit(self, images: Tensor) -> Tensor:
         if images.shape[-2:] == (self.image_size, self.image_size):
             return images
-        if min(images.shape[-2:]) != self.load_size:
-            images = vision.resize(images, [self.load_size], antialias=True).clamp(0, 1)
+        short = max(self.load_size, self.image_size)  # of less center_crop would make a picture in a black frame
+        if min(images.shape[-2:]) != short:
+            images = vision.resize(images, [short], antialias=True).clamp(0, 1)
         return vision.center_crop(images, [self.image_size, self.image_size])
 
 

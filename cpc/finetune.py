@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from contrastive_core.data import (
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.methods.classifier import Classifier
 from cpc.encoder_card import classifier_card, known_architecture, read_card
-from cpc.entry import build, command, start_accelerator
+from cpc.entry import build, command, start_accelerator, warn_of_unread_keys
 from cpc.features import FrozenClassifier, load_classifier, load_head, read_encoder
 from cpc.foreign import check_plain, run_config, run_data
 from cpc.pretrain import PretrainSchema, encoder_card
@@ -283,19 +284,40 @@ def finetune(cfg: DictConfig) -> Path:
     return run_dir
 
 
+# ---- what the command line says ----
+
+
 OF_THE_RUN = ("load_size", "image_size", "mean", "std")
+
+
+def overrides() -> dict[str, str]:
+    """The overrides of the command line by their keys. Example: of `a.b=1 +c=2` {"a.b": "a.b=1", "c": "+c=2"}."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return {override.lstrip("+~").partition("=")[0]: override for override in given}
 
 
 def refuse_what_a_run_decides(run: str | None) -> None:
     """Raise ValueError where the command line says how large images are, and a run has said so before."""
-    given = HydraConfig.get().overrides.task if run and HydraConfig.initialized() else []
-    taken = [override for override in given if override.split("=")[0] in OF_THE_RUN]
+    taken = [override for key, override in overrides().items() if run and key in OF_THE_RUN]
     if taken:
         raise ValueError(f"{', '.join(taken)}: images are fed as to {run}, leave it out")
 
 
+def let_classifier_decay_(cfg: DictConfig, given: Collection[str]) -> None:
+    """Have a weight decay that was asked for reach the linear classifier; `given`: the keys that were.
+
+    By itself a configuration leaves the classifier out (`exclude_also`), which keeps the decay that comes with an
+    optimizer to the encoder. It has to for LARS alone, whose ratio would hold what starts at zero.
+    """
+    lars = str(cfg.optimizer._target_).endswith(".LARS")
+    if "optimizer.weight_decay" in given and "exclude_also" not in given and not lars:
+        cfg.exclude_also = []
+
+
 def _from_the_command_line(cfg: DictConfig) -> Path:
     refuse_what_a_run_decides(None if OmegaConf.is_missing(cfg, "run") else cfg.run)
+    let_classifier_decay_(cfg, overrides())
+    warn_of_unread_keys(cfg)
     return finetune(cfg)
 
 

@@ -98,7 +98,7 @@ class CPC(Method):
         """Targets `b rows cols d`, predictions of every direction and offset on the turned grid, the mean latent."""
         (patches,) = batch.views
         rows, cols = patches.shape[1:3]
-        check_offsets(self.offsets, rows, cols)
+        check_offsets(self.offsets, rows, cols, self.directions)
         features = self.encoder(rearrange(patches, "b rows cols c ph pw -> (b rows cols) c ph pw"))
         latents = rearrange(features, "(b rows cols) d -> b rows cols d", rows=rows, cols=cols)
         representations = {"targets": self.target_projection(latents), "mean": latents.detach().mean((1, 2))}
@@ -148,7 +148,7 @@ class CPC(Method):
         metrics |= spread_metrics(local)
         metrics["feature_std"] = feature_std(representations["mean"])
         metrics["negatives"] = torch.tensor(float(number_of_negatives))
-        metrics["ranks"] = torch.tensor(float(len(counts)))
+        metrics["ranks"] = torch.tensor(float(len(counts) if self.gather else 1))
         return torch.stack(losses).sum() * mean_weight(counts), metrics
 
     def _alike(self, rows: int, cols: int) -> list[list[str]]:

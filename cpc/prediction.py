@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpc.context import turn
+from cpc.context import DIRECTIONS, turn
 
 
 def first_disjoint_offset(size: int, stride: int) -> int:
@@ -24,19 +24,30 @@ def first_disjoint_offset(size: int, stride: int) -> int:
     return -(-size // stride)
 
 
-def check_offsets(offsets: Sequence[int], rows: int, cols: int) -> None:
-    """Raise ValueError unless every offset is at least 1 and leaves a row (and a column) to predict from."""
-    side = min(rows, cols)
+def check_offsets(offsets: Sequence[int], rows: int, cols: int, directions: Sequence[str] = DIRECTIONS) -> None:
+    """Raise ValueError unless the offsets are different, each at least 1, and leave cells to predict from.
+
+    Down and up that takes rows, right and left columns. Example: offset 3 down a grid of 6x2 is a legal one.
+    """
+    lengths = {"rows": rows} if {"down", "up"} & set(directions) else {}
+    lengths |= {"columns": cols} if {"right", "left"} & set(directions) else {}
     if not offsets:
         raise ValueError("offsets is empty: pass at least one, e.g. offsets=[3]")
+    check_each_once(offsets)
     for offset in offsets:
         if offset < 1:
             raise ValueError(f"offset {offset} predicts nothing ahead: pass offsets of at least 1")
-        if offset >= side:
+        if offset >= min(lengths.values()):
             raise ValueError(
-                f"offset {offset} needs at least {offset + 1} rows and columns, the grid has {rows}x{cols}: "
+                f"offset {offset} needs at least {offset + 1} {' and '.join(lengths)}, the grid has {rows}x{cols}: "
                 f"lower `offsets` or the stride"
             )
+
+
+def check_each_once(offsets: Sequence[int]) -> None:
+    """Raise ValueError for an offset that is there twice: it would count twice, with one head."""
+    if len(set(offsets)) < len(offsets):
+        raise ValueError(f"offsets={list(offsets)}: pass each once")
 
 
 def positive_cells(
@@ -62,7 +73,7 @@ class PredictionHeads(nn.Module):
     `forward(context: b rows cols d)` on a turned grid -> by offset, predictions `b (rows - offset) cols d'` of the
     cells `offset` rows ahead.
 
-    Raises ValueError for a target_dim below 1.
+    Raises ValueError for a target_dim below 1, and an offset that is there twice.
 
     Example: `PredictionHeads(4, 3, [2])(torch.ones(1, 7, 7, 4))[2].shape` is (1, 5, 7, 3).
     """
@@ -71,6 +82,7 @@ class PredictionHeads(nn.Module):
         super().__init__()
         if target_dim < 1:
             raise ValueError(f"target_dim={target_dim}: pass at least 1")
+        check_each_once(offsets)
         self.offsets, self.target_dim = tuple(offsets), target_dim
         self.heads = nn.ModuleDict({str(offset): nn.Linear(dim, target_dim) for offset in offsets})
 

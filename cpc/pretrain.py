@@ -17,7 +17,7 @@ from torch import nn
 from contrastive_core.data import ImageDataset
 from contrastive_core.method import Method
 from contrastive_core.randomness import Randomness
-from cpc.entry import build, command, out_of_memory
+from cpc.entry import build, command, out_of_memory, warn_of_unread_keys
 from cpc.method import CPC
 from cpc.negatives import count_negatives
 from cpc.prediction import check_offsets
@@ -106,7 +106,7 @@ def build_method(cfg: DictConfig, dataset: ImageDataset | None = None) -> tuple[
     filled = {name: value for name, value in known.items() if name in cfg.method and cfg.method[name] is None}
     method: Method = build(cfg.method, encoder=build(cfg.encoder), **filled)
     if isinstance(method, CPC) and isinstance(views, PatchViews):
-        check_offsets(method.offsets, views.grid, views.grid)
+        check_offsets(method.offsets, views.grid, views.grid, method.directions)
     black = torch.zeros(2, 3, cfg.load_size, cfg.load_size, dtype=torch.uint8)
     views(black, Randomness(cfg.seed, 0, torch.arange(2)))
     return method, views
@@ -158,8 +158,13 @@ def pretrain(cfg: DictConfig) -> Path:
     return train_run(cfg, pieces)
 
 
-main = command("pretrain_cpc", pretrain, schema=PretrainSchema)
-main_of_any_method = command("pretrain", pretrain, schema=PretrainSchema)
+def _from_the_command_line(cfg: DictConfig) -> Path:
+    warn_of_unread_keys(cfg)
+    return pretrain(cfg)
+
+
+main = command("pretrain_cpc", _from_the_command_line, schema=PretrainSchema)
+main_of_any_method = command("pretrain", _from_the_command_line, schema=PretrainSchema)
 
 if __name__ == "__main__":
     main()

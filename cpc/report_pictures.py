@@ -178,9 +178,11 @@ def augmented(run: Path, augment: nn.Module, splits: Splits, file: Path) -> None
 
 
 def _fit(images: Tensor, size: int) -> Tensor:
-    """The centre of images that are loaded larger than they are cut."""
+    """The centre of images that are loaded larger than they are cut; smaller ones are enlarged, as for the encoder."""
     from torchvision.transforms.v2 import functional as vision
 
+    if min(images.shape[-2:]) < size:
+        images = vision.resize(images, [size], antialias=True)
     fitted: Tensor = vision.center_crop(images, [size, size])
     return fitted
 

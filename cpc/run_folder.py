@@ -48,9 +48,16 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             names += differing_keys(before, after, f"{prefix}{key}.")
-        elif before != after:
+        elif _without_nulls(before) != _without_nulls(after):
             names.append(f"{prefix}{key}")
     return names
+
+
+def _without_nulls(value: Any) -> Any:
+    """A key that is null says as much as one that is not there: older runs lack what recipes have been given since."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def check_no_file(folder: Path, key: str) -> None:

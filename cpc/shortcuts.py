@@ -150,7 +150,7 @@ def shortcuts(cfg: DictConfig) -> Path:
     accelerator = start_accelerator(precision="no", device=cfg.device, threads=cfg.threads)
     if accelerator.num_processes > 1:
         raise ValueError("this runs in one process: python tools/shortcuts.py, without accelerate launch")
-    dataset = chosen(load_splits(cfg, fed.get("load_size") or fed["image_size"]), cfg.split)
+    dataset = chosen(load_splits(cfg, max(fed.get("load_size") or 0, fed["image_size"])), cfg.split)
     images = some(dataset, cfg.images)
     batch_size = min(cfg.batch_size or trained_batch(cfg.run), len(images))
     findings = find(method.to(accelerator.device), images, fed, batch_size, accelerator.device)

@@ -34,6 +34,7 @@ from cpc.finetune import (
     finetune,
     fitting_batch,
     labelled_test,
+    let_classifier_decay_,
 )
 from cpc.pretrain import build_method, pretrain
 from cpc.run import check_numbers
@@ -111,7 +112,10 @@ def step_config(cfg: DictConfig, tool: str, own: dict[str, Any]) -> DictConfig:
     theirs = OmegaConf.to_container(cfg[tool], resolve=False)
     assert isinstance(theirs, dict)
     given = {name: cfg[name] for name in SHARED} | own | dict(flattened(theirs))  # type: ignore[arg-type]
-    return hydra.compose(tool, [as_override(name, value) for name, value in given.items()])
+    composed = hydra.compose(tool, [as_override(name, value) for name, value in given.items()])
+    if tool != "pretrain":
+        let_classifier_decay_(composed, given)
+    return composed
 
 
 def group_of(cfg: DictConfig, tool: str, name: str, composed: Any) -> Any:

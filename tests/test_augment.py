@@ -566,6 +566,7 @@ def test_flips_and_affine_jitter_keep_their_probability() -> None:
         assert stats.binomtest(changed, 4000, probability).pvalue > 1e-3
     flipped = RandomFlip(1.0)(images, randomness(4000))
     assert torch.equal(flipped, images.flip(3))
+    assert RandomFlip(None).probability == RandomFlip().probability == 0.5  # as recipes have it that say nothing
 
 
 def test_affine_jitter_stays_in_its_ranges() -> None:

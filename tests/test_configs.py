@@ -19,8 +19,10 @@ from cpc.entry import build, check_complete, epochs
 from cpc.foreign import READERS
 from cpc.patches import grid_side
 from cpc.prediction import check_offsets, first_disjoint_offset
+from cpc.pretrain import main_of_any_method
 from cpc.run import check_numbers
 from cpc.run_folder import differing_keys
+from cpc.unread_keys import unread_keys
 
 CONFIGS = Path(config_folder())
 LADDER = [
@@ -240,6 +242,13 @@ def test_an_experiment_has_its_papers_numbers(compose, name):
         assert found == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), key
 
 
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith(("cifar10", "tiny", "stl10"))])
+def test_images_of_another_size_are_loaded_as_large(compose, name):
+    """Small images are as large as they are seen: 48 px of them are not an enlarged 32, nor a corner of 64."""
+    cfg = experiment(compose, name, "image_size=48")
+    assert (cfg.load_size, cfg.data.size) == (48, 48)
+
+
 def test_a_batch_of_another_size_takes_its_rate_and_its_steps_along(compose):
     cfg = experiment(compose, "imagenet_simclr", "batch_size=256")
     assert (cfg.steps, cfg.optimizer.lr) == (500400, 0.3)
@@ -335,7 +344,7 @@ def test_offsets_share_no_pixel_unless_a_recipe_says_so(compose):
 STEPS = {
     "ladder_1_capacity": {"encoder"},
     "ladder_2_bottom_up": {"method.directions"},
-    "ladder_3_layer_norm": {"encoder.norm"},
+    "ladder_3_layer_norm": {"norm", "encoder.norm"},
     "ladder_4_colour_dropping": {"views.patch_augment.channel_drop"},
     "ladder_5_all_directions": {"method.directions"},
     "ladder_6_larger_patches": {"image_size", "patch", "views", "method.offsets"},
@@ -356,7 +365,7 @@ def test_a_rung_of_the_ladder_is_one_step_from_the_one_below(compose, below, run
 def test_the_side_rung_is_rung_0_without_a_norm(compose):
     before, after = (resolved(experiment(compose, name)) for name in ("ladder_0_v1", "ladder_0_no_norm"))
     changed = [key for key in differing_keys(before, after) if not key.startswith("ladder.")]
-    assert changed == ["encoder.norm"]
+    assert changed == ["encoder.norm", "norm"]
     assert (before["encoder"]["norm"], after["encoder"]["norm"]) == ("batch", "none")
 
 
@@ -377,6 +386,83 @@ def test_the_last_rung_is_cpc_v2(compose):
 @pytest.mark.parametrize("name", LADDER)
 def test_the_small_ladder_instantiates(compose, name):
     check_instantiates(experiment(compose, name, "scale@ladder=small"))
+
+
+@pytest.mark.parametrize("name", names("encoder"))
+@pytest.mark.parametrize("method", ["cpc", "simclr"])
+def test_an_encoder_that_has_a_norm_has_the_one_that_is_asked_for(compose, name, method):
+    cfg = compose(f"method={method}", f"encoder={name}", "norm=none", name="pretrain")
+    assert cfg.encoder.get("norm", "none") == "none"
+    as_it_comes = compose(f"method={method}", f"encoder={name}", name="pretrain")
+    assert as_it_comes.encoder.get("norm", as_it_comes.norm) == as_it_comes.norm
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_the_norm_of_a_recipe_on_patches_is_the_encoders(compose, name):
+    cfg = experiment(compose, name)
+    assert cfg.norm == cfg.encoder.norm
+    changed = experiment(compose, name, "norm=channel")
+    assert changed.encoder.norm == "channel"
+
+
+KNOBS = [
+    ("method=moco_v2 temperature.cosine=0.5", "method.temperature", 0.5),
+    ("method=moco_v3 momentum.moco=0.5", "method.momentum", 0.5),
+    ("method=cpc data=imagefolder data.root=x augmentation.flip=0", "views.image_augment.1.probability", 0.0),
+    ("experiment=imagenet_cpc_v2 data.root=x augmentation.flip=0.2", "views.image_augment.1.probability", 0.2),
+    ("experiment=cifar10_moco_v2 data.train=x temperature.cosine=0.5", "method.temperature", 0.5),
+    ("experiment=imagenet_moco_v3_vit data.root=x momentum.moco=0.5", "method.momentum", 0.5),
+]
+
+
+@pytest.mark.parametrize(("given", "key", "value"), KNOBS)
+def test_a_key_that_recipes_share_reaches_what_is_built(compose, given, key, value):
+    cfg = compose(*given.split(), name="pretrain")
+    assert OmegaConf.select(cfg, key) == value
+    assert not unread(cfg, given)
+
+
+def unread(cfg, given):
+    return unread_keys(OmegaConf.to_container(cfg, resolve=False), given.split())
+
+
+UNREAD = [
+    ("method=moco_v1 temperature.cosine=0.5", "temperature.cosine=0.5", "pass method.temperature"),
+    ("method=moco_v3 momentum.byol=0.5", "momentum.byol=0.5", "pass method.momentum"),
+    ("method=simclr encoder=resnet18_small norm=layer", "norm=layer", "leave it out"),
+    ("method=simclr temperature.dot=3", "temperature.dot=3", "it reads temperature.cosine"),
+    ("method=cpc temperature.cosine=3", "temperature.cosine=3", "it reads temperature.dot"),
+    ("method=cpc temperature.dot=3 loss=nt_xent", "temperature.dot=3", "it reads temperature.cosine"),
+    ("method=byol memory.queue=64", "memory.queue=64", "leave it out"),
+    ("method=cpc augmentation.crop=[0.5,1]", "augmentation.crop=[0.5,1]", "leave it out"),
+    ("method=byol memory={queue:64}", "memory={queue:64}", "leave it out"),
+]
+
+
+@pytest.mark.parametrize(("given", "override", "instead"), UNREAD)
+def test_a_key_that_nothing_reads_is_told_with_what_to_pass_instead(compose, given, override, instead):
+    cfg = compose(*given.split(), name="pretrain")
+    assert unread(cfg, given) == [f"{override} changes nothing in this recipe: {instead}"]
+
+
+@pytest.mark.parametrize("given", [
+    "method=simclr temperature.cosine=1 norm=layer augmentation.flip=0 augmentation.crop=[0.5,1]",
+    "method=simclr temperature={cosine:1}",
+    "method=simclr loss=info_nce temperature.dot=1",
+    "method=cpc temperature.dot=1 norm=batch",
+    "method=byol momentum.byol=0.9 augmentation.solarise=0.1",
+    "method=pirl memory.bank=64",
+    "experiment=ladder_3_layer_norm norm=batch data.root=x",
+    "method=simclr steps=3 encoder.norm=layer method.head.out=5",
+])  # fmt: skip
+def test_keys_that_are_read_are_not_told(compose, given):
+    assert unread(compose(*given.split(), name="pretrain"), given) == []
+
+
+def test_what_the_command_line_gives_in_vain_is_said_at_once(call_tool, capfd):
+    with pytest.raises(SystemExit):
+        call_tool(main_of_any_method, "method=byol", "memory.queue=64", "steps=0")
+    assert "memory.queue=64 changes nothing in this recipe: leave it out" in capfd.readouterr().out
 
 
 def test_every_yaml_belongs_to_a_group_that_is_tested_here():

@@ -193,6 +193,40 @@ def test_another_loss_plugs_in():
     assert float(cpc(batch_of(latents))[0].detach()) == pytest.approx(sum(expected) / 4, rel=1e-12)
 
 
+def test_a_grid_may_be_as_narrow_as_nothing_is_predicted_across_it():
+    """Down a grid of 6x2 the offset 3 is a legal one; across it, it is not."""
+    latents = torch.randn(2, 6, 2, 6, dtype=torch.float64)
+    cpc = method(offsets=(3,), directions=["down"])
+    with torch.no_grad():
+        expected = pseudo_code(cpc, latents, "down", 3)
+    assert float(cpc(batch_of(latents))[0].detach()) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="offset 3 needs at least 4 rows and columns, the grid has 6x2"):
+        method(offsets=(3,), directions=["down", "right"])(batch_of(latents))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"offsets": (1, 1)}, r"offsets=\[1, 1\]: pass each once"),
+        ({"directions": ["down", "down"]}, r"directions=\['down', 'down'\]: pass one or more of .*, each once"),
+    ],
+)
+def test_what_is_given_twice_is_named(given, words):
+    with pytest.raises(ValueError, match=words):
+        method(**given)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"), [({}, 2), ({"gather": False}, 1), ({"negatives": "same_image"}, 1)], ids=str
+)
+def test_ranks_are_the_processes_that_negatives_come_from(options, ranks, monkeypatch):
+    """As on the first of two processes that hold as many patches: the other's are a copy of its own."""
+    monkeypatch.setattr("cpc.method.row_counts", lambda rows: [rows, rows])
+    monkeypatch.setattr("cpc.method.all_gather", lambda rows, counts=None: torch.cat([rows, rows]))
+    _, metrics = method(**options)(batch_of(torch.randn(2, 3, 3, 6, dtype=torch.float64)))
+    assert metrics["ranks"] == ranks
+
+
 def test_an_offset_beyond_the_grid_is_named():
     with pytest.raises(ValueError, match="offset 3 needs at least 4 rows and columns, the grid has 3x5"):
         method(offsets=(3,))(batch_of(torch.zeros(1, 3, 5, 6, dtype=torch.float64)))

@@ -305,6 +305,27 @@ def test_things_are_as_large_as_in_training():
     assert encoder(torch.zeros(1, 3, 20, 20)).sum() == 0
 
 
+@pytest.mark.parametrize("given", [(12, 12), (20, 36), (32, 32), (40, 30), (64, 64), (96, 70)])
+@pytest.mark.parametrize(("image_size", "load_size"), [(64, 32), (20, 24), (32, 32), (64, None), (32, 16)])
+def test_no_image_is_put_into_a_frame(image_size, load_size, given):
+    """Trained on crops enlarged to 64 px from 32: what is fed to the encoder is all image, as it was in training."""
+    seen = resnet_small(4)
+    seen.forward = lambda pixels: pixels.flatten(1)
+    encoder = FrozenEncoder(seen, image_size=image_size, load_size=load_size, mean=[0, 0, 0], std=[1, 1, 1])
+    pixels = encoder(torch.ones(1, 3, *given)).view(1, 3, image_size, image_size)
+    torch.testing.assert_close(pixels, torch.ones_like(pixels))
+
+
+def test_an_image_of_the_load_size_is_enlarged_whole():
+    """32 -> 64: all of it is seen, twice as large, as a crop of training that is all of the image."""
+    seen = resnet_small(4)
+    seen.forward = lambda pixels: pixels.flatten(1)
+    encoder = FrozenEncoder(seen, image_size=64, load_size=32, mean=[0, 0, 0], std=[1, 1, 1])
+    images_of_training = images(32)
+    expected = nn.functional.interpolate(images_of_training, (64, 64), mode="bilinear")
+    torch.testing.assert_close(encoder(images_of_training).view(3, 3, 64, 64), expected)
+
+
 @pytest.fixture
 def cpc_run(tmp_path):
     """A CPC run's exports, contexts included, and the method they are of."""

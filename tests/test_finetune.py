@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import cpc
+import cpc.distill  # registers its schema
 import cpc.finetune
 from contrastive_core.data import ImageDataset, Splits, mnist5k
 from contrastive_core.heads import ProjectionHead
@@ -26,6 +27,7 @@ from cpc.finetune import (
     finetune,
     fitting_batch,
     labelled_test,
+    let_classifier_decay_,
     settle_,
 )
 from cpc.pretrain import pretrain
@@ -219,6 +221,47 @@ def test_a_few_steps_learn(start):
     rows = read_metrics(folder)
     assert rows[0]["loss"] == pytest.approx(rows[0]["chance_loss"], abs=1e-5)  # the classifier starts at zero
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+
+def tuned_by_the_command(call_tool, run, folder, *options):
+    """The classifier's weight and the settings of a frozen encoder's run, as the command line makes it."""
+    few = ["labels=20", "steps=4", "optimizer.lr=0.1", "frozen=true", f"run_dir={folder}"]
+    call_tool(cpc.finetune.main, f"run={run}", *TINY, *few, *options)
+    weights = load_file(folder / "classifier.safetensors")
+    return weights["classifier.weight"], yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_a_weight_decay_that_is_given_is_the_classifiers_too(call_tool, simclr_run, tmp_path):
+    """Weights that start at zero and decay end up smaller; by default they do not decay."""
+    usual, config = tuned_by_the_command(call_tool, simclr_run, tmp_path / "usual")
+    assert (config["exclude_also"], config["optimizer"]["weight_decay"]) == (["classifier"], 1e-4)
+    decayed, config = tuned_by_the_command(call_tool, simclr_run, tmp_path / "decayed", "optimizer.weight_decay=2")
+    assert config["exclude_also"] == []
+    assert decayed.norm() < 0.95 * usual.norm()
+    left_out, config = tuned_by_the_command(
+        call_tool, simclr_run, tmp_path / "left_out", "optimizer.weight_decay=2", "exclude_also=[classifier]"
+    )
+    assert torch.equal(left_out, usual)
+
+
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [
+        ([], ["classifier"]),
+        (["optimizer.weight_decay=1"], []),
+        (["optimizer=adamw"], ["classifier"]),
+        (["optimizer=adamw", "optimizer.weight_decay=1"], []),
+        (["optimizer=lars", "optimizer.weight_decay=1"], ["classifier"]),
+        (["optimizer=adam", "+optimizer.weight_decay=1"], []),
+        (["optimizer.weight_decay=1", "exclude_also=[encoder]"], ["encoder"]),
+    ],
+)
+@pytest.mark.parametrize("tool", ["finetune", "distill"])
+def test_who_is_left_out_of_weight_decay(tool, given, left_out):
+    cfg = composed(tool, *given)
+    let_classifier_decay_(cfg, [override.lstrip("+").partition("=")[0] for override in given])
+    student = "student." if tool == "distill" else ""
+    assert cfg.exclude_also == [f"{student}{name}" if name == "classifier" else name for name in left_out]
 
 
 @pytest.mark.parametrize(

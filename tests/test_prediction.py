@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -55,8 +57,30 @@ def test_each_offset_has_its_own_head():
         ([1, 6], 6, 6, "offset 6 needs at least 7"),
         ([0], 6, 6, "offset 0 predicts nothing ahead"),
         ([], 6, 6, "offsets is empty"),
+        ([1, 2, 1], 6, 6, r"offsets=\[1, 2, 1\]: pass each once"),
     ],
 )
 def test_offsets_that_do_not_fit_are_named(offsets, rows, cols, words):
     with pytest.raises(ValueError, match=words):
         check_offsets(offsets, rows, cols)
+
+
+@pytest.mark.parametrize(
+    ("directions", "rows", "cols", "needed"),
+    [
+        (["down"], 6, 2, None),
+        (["up", "down"], 6, 2, None),
+        (["right"], 2, 6, None),
+        (["down"], 2, 6, "offset 3 needs at least 4 rows, the grid has 2x6: lower `offsets` or the stride"),
+        (["left"], 6, 2, "offset 3 needs at least 4 columns, the grid has 6x2"),
+        (["down", "left"], 6, 2, "offset 3 needs at least 4 rows and columns, the grid has 6x2"),
+    ],
+)
+def test_an_offset_needs_cells_in_its_directions_alone(directions, rows, cols, needed):
+    with nullcontext() if needed is None else pytest.raises(ValueError, match=needed):
+        check_offsets([1, 3], rows, cols, directions)
+
+
+def test_each_offset_has_one_head():
+    with pytest.raises(ValueError, match=r"offsets=\[1, 1\]: pass each once"):
+        PredictionHeads(4, 3, [1, 1])

@@ -110,6 +110,17 @@ def test_probing_and_logging_change_nothing(start):
     assert len(list((other / "checkpoints").iterdir())) == 2  # keep_checkpoints
 
 
+def test_what_the_device_is_waited_for_is_computed_for_rows_alone(start, monkeypatch):
+    solved, solve = [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda matrix: (solved.append(1), solve(matrix))[1])
+    some = read_metrics(start("steps=5", "log_every=3", "probe_every=0", run_dir="some"))
+    assert [row["step"] for row in some] == [1, 3, 5]
+    assert len(solved) == 3
+    every = read_metrics(start("steps=5", "log_every=1", "probe_every=0", run_dir="every"))
+    ranks = {row["step"]: row["effective_rank"] for row in every}
+    assert [row["effective_rank"] for row in some] == [ranks[row["step"]] for row in some]
+
+
 def test_grad_cache_contrasts_all_of_a_steps_images(start):
     """As one batch: chance is that of the whole, and the losses agree until rounding has grown."""
     whole = read_metrics(start("steps=3", run_dir="whole"))
@@ -193,6 +204,9 @@ def test_differing_keys():
     assert differing_keys(old, {"a": {"b": 1, "c": [1, 2]}, "d": 3}) == []
     assert differing_keys(old, {"a": {"b": 2, "c": [2, 1]}, "e": 3}) == ["a.b", "a.c", "d", "e"]
     assert differing_keys({"a": None}, {"a": {"b": 1}}) == ["a"]
+    assert differing_keys({"a": [{"b": 1}]}, {"a": [{"b": 1, "c": None}], "d": None}) == []  # null is as good as none
+    assert differing_keys({"a": [{"b": 1}]}, {"a": [{"b": 1, "c": 0}]}) == ["a"]
+    assert differing_keys({"a": [1, None]}, {"a": [1]}) == ["a"]
 
 
 def test_default_run_dirs_tell_what_and_when():

@@ -12,13 +12,14 @@ import shutil
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from contrastive_core.data import Splits, mnist5k
+from contrastive_core.data import ImageDataset, Splits, mnist5k
 from contrastive_core.randomness import Randomness
 from contrastive_core.run_log import read_metrics
 from cpc.context import turn, turn_back
@@ -334,6 +335,22 @@ def test_augmented_patches_are_one_patch_drawn_again(made, tmp_path):
     assert isinstance(randomness, Randomness)
     with Image.open(tmp_path / "strip.png") as strip:
         assert strip.width > 500
+
+
+def test_what_is_cut_smaller_than_it_was_trained_on_is_enlarged_not_framed(made, tmp_path):
+    shutil.copytree(made / "cpc", tmp_path / "enlarged")
+    card = json.loads((tmp_path / "enlarged/encoder.json").read_text())
+    card["input"] |= {"image_size": 56, "load_size": 28}
+    (tmp_path / "enlarged/encoder.json").write_text(json.dumps(card))
+    seen = []
+
+    def augment(patches, randomness):
+        seen.append(patches)
+        return patches
+
+    white = ImageDataset(np.full((4, 28, 28, 3), 255, np.uint8), size=28)
+    augmented(tmp_path / "enlarged", augment, Splits(white, None), tmp_path / "strip.png")
+    assert (seen[0] == 1).all()
 
 
 def test_an_augmentation_that_is_not_ours_is_not_called(made, tmp_path):

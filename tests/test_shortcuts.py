@@ -453,6 +453,17 @@ def test_the_tool_and_the_report(made, call_tool, capsys, tmp_path):
     assert not list(run.glob("*.partial"))
 
 
+def test_images_are_loaded_as_large_as_they_are_cut(made, call_tool, capsys, tmp_path):
+    """Of a run whose views were enlarged: its card's load_size is less than its image_size."""
+    run = tmp_path / "run"
+    shutil.copytree(made / "cpc", run)
+    card = json.loads((run / "encoder.json").read_text())
+    card["input"] |= {"image_size": 32, "load_size": 28}
+    (run / "encoder.json").write_text(json.dumps(card))
+    call_tool(main, f"run={run}", "images=4", "batch_size=4", "threads=1", "verbosity=quiet")
+    assert capsys.readouterr().out == f"{run / FILE}\n"
+
+
 def test_words_in_the_file_stay_words(made, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(made / "cpc", run)

@@ -127,11 +127,11 @@ def _central(image: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, i
 
 
 class RandomFlip(nn.Module):
-    """Left and right swapped with a probability."""
+    """Left and right swapped with a probability; None = 0.5."""
 
-    def __init__(self, probability: float = 0.5, stream: str = "flip") -> None:
+    def __init__(self, probability: float | None = None, stream: str = "flip") -> None:
         super().__init__()
-        self.probability, self.stream = check_probability(probability), stream
+        self.probability, self.stream = check_probability(0.5 if probability is None else probability), stream
 
     def forward(self, images: Tensor, randomness: Randomness) -> Tensor:
         if self.probability == 0:
