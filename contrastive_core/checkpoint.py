@@ -83,6 +83,8 @@ def restore_optimizer_(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
+        if tensor.ndim == 0 and parameter.numel() == 1 and name != "step":  # of a learned number, once a scalar
+            tensor = tensor.reshape(parameter.shape)
         if tensor.shape == parameter.shape:
             tensor = torch.empty_like(parameter).copy_(split_like(tensor, parameter))
         state.setdefault(int(index), {})[name] = tensor

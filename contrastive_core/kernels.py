@@ -76,12 +76,13 @@ def row_sweep(
     from contrastive_core.triton_sweep import sum_over_keys, sum_over_queries
 
     d_queries = d_keys = d_own = None
-    log_sums, scores, centres = sum_over_keys(
+    highest, total, scores, centres = sum_over_keys(
         queries, keys, pairs.positive, pairs.itself, centres=needs[0] and weights is not None
     )
     if scores is None:
-        scores = log_sums.new_zeros(()) if own is None else own
-    log_odds = (log_sums - scores).add_(scores * 0)  # an infinite positive gives NaN, not 0
+        scores = total.new_zeros(()) if own is None else own
+    # the two scores first, and an infinite positive gives NaN and not 0: as there
+    log_odds = total.log().add_(highest - scores).add_(scores * 0)
     losses = log_odds if pairs.decoupled else F.softplus(log_odds, threshold=88)
     if weights is None:
         return losses, (None, None, None)
@@ -92,7 +93,7 @@ def row_sweep(
         if pairs.positive is not None:
             d_queries.addcmul_(keys[pairs.positive], w[:, None], value=-1)
     if needs[1]:
-        d_keys = sum_over_queries(queries, keys, pairs.positive, pairs.itself, log_sums, w)
+        d_keys = sum_over_queries(queries, keys, pairs.positive, pairs.itself, highest, w / total.clamp_min(1))
         if pairs.positive is not None:
             d_keys.index_add_(0, pairs.positive, queries * w[:, None], alpha=-1)
     if needs[2] and own is not None:

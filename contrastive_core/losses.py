@@ -137,12 +137,14 @@ def info_nce(
         mask: `n m` bool, True = compared, or a function of a row slice and a column slice that gives such a block and
             is asked for a block at a time, more than once. It covers `keys`; shared keys and those of other
             processes are compared. Neither it nor `positive` may change before the backward pass.
-        decoupled: leave the positive out of the sum (DCL; Yeh et al. 2022, equation 6).
+        decoupled: leave the positive out of the sum (DCL; Yeh et al. 2022, equation 6). A query without negatives,
+            whose loss is 0 otherwise, is refused: the logarithm of an empty sum is no loss.
         reduction: "mean", "sum" or "none" (`n`).
         gather: see the module's docstring.
 
     Raises:
-        ValueError: shapes or dtypes that don't fit, a mask that leaves out a positive, an unknown reduction.
+        ValueError: shapes or dtypes that don't fit, a mask that leaves out a positive or, decoupled, all negatives of
+            a query, an unknown reduction.
 
     Example: identical keys give log m: `info_nce(torch.ones(2, 4), torch.ones(8, 4), torch.tensor([0, 5]))` is
     2.0794 = log 8.
@@ -169,7 +171,10 @@ def info_nce(
     queries, keys = queries.to(precision) / _exact(temperature, precision), keys.to(precision)
     shared_keys = None if shared_keys is None else shared_keys.to(precision)
     scores = None if own is None else (queries * own.to(precision)).sum(1)
-    pairs = Pairs(index, mask=_as_function(mask), width=len(keys), decoupled=decoupled)
+    # a mask may leave a query nothing to be compared with where it covers all keys that there are
+    covered = len(counts) == 1 and (shared_keys is None or len(shared_keys) == 0)
+    least = 1 + (own is None) if decoupled and covered else 0
+    pairs = Pairs(index, mask=_as_function(mask), width=len(keys), least=least, decoupled=decoupled)
     gathered = len(counts) > 1 and sum(counts) > 0
     if gathered and gather == "ring":
         log_odds = ring_log_odds(queries, keys, scores, pairs, shared_keys, counts)
@@ -564,8 +569,8 @@ class SigmoidLoss(nn.Module):
     Args:
         temperature: T > 0, the first value if `learn`; with `learn` at least 0.01.
         bias: b, the first value if `learn`. The paper's, -10, answers "no match" to all pairs of unit vectors.
-        learn: learn log T and b, two scalars in the state_dict. Differs from the paper: T is bounded below by 0.01
-            (`Temperature`). Give the optimizer both without weight decay.
+        learn: learn log T and b, of shape (1,) each in the state_dict. Differs from the paper: T is bounded below by
+            0.01 (`Temperature`). Give the optimizer both without weight decay.
         normalised: compare by cosine as the paper does; False = by dot product.
         reduction, gather: as in `siglip`; a call's own `gather` goes before the module's.
 
@@ -588,8 +593,9 @@ class SigmoidLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature = Temperature(temperature, learn=learn)
-        self.bias = nn.Parameter(torch.tensor(float(bias))) if learn else bias
+        self.bias = nn.Parameter(torch.tensor([float(bias)])) if learn else bias
         self.normalised, self.reduction, self.gather = normalised, reduction, gather
+        self.register_load_state_dict_pre_hook(_numbers_as_rows_)
 
     def forward(
         self, queries: Tensor, keys: Tensor, positive: Tensor | None = None, *, gather: Gather = None
@@ -608,7 +614,9 @@ class SigmoidLoss(nn.Module):
 class Temperature(nn.Module):
     """A temperature: a number, or exp of a parameter, at least `lowest` (CLIP's bound on its logit scale of 100).
 
-    Example: `Temperature(0.07)()` is 0.07; `Temperature(0.07, learn=True)()` is a tensor of 0.07 with a gradient.
+    The parameter has the shape (1,), since weights are split over processes by rows (`contrastive_core.sharding`).
+
+    Example: `Temperature(0.07)()` is 0.07; `Temperature(0.07, learn=True)()` is a scalar of 0.07 with a gradient.
     """
 
     def __init__(self, value: float, *, learn: bool = False, lowest: float = 0.01) -> None:
@@ -616,14 +624,31 @@ class Temperature(nn.Module):
         if not value >= (lowest if learn else math.ulp(0.0)):
             raise ValueError(f"temperature={value}: pass a number above 0, and if it is learned at least {lowest}")
         self.value, self.lowest = value, lowest
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(value))) if learn else None
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(value)])) if learn else None
+        self.register_load_state_dict_pre_hook(_numbers_as_rows_)
 
     def forward(self) -> float | Tensor:
         if self.log_temperature is None:
             return self.value
-        with torch.no_grad():  # the parameter, as CLIP does: a clamp of its value would have no gradient to rise again
+        self.bound_()
+        return self.log_temperature.exp().reshape(())
+
+    @torch.no_grad()
+    def bound_(self) -> None:
+        """Put log T back to its bound, the parameter itself, as CLIP does.
+
+        A clamp of its value alone would have no gradient to rise again; with one, the parameter would fall on and be
+        long in coming back. Of weights that are split over processes `shard_` bounds what is held.
+        """
+        if self.log_temperature is not None:
             self.log_temperature.clamp_(min=math.log(self.lowest))
-        return self.log_temperature.exp()
+
+
+def _numbers_as_rows_(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Read a module's learned numbers, of shape (1,), from a state in which they are scalars, as they once were."""
+    for key in [prefix + name for name, _ in module.named_parameters(recurse=False)]:
+        if isinstance(state.get(key), Tensor) and state[key].ndim == 0:
+            state[key] = state[key].reshape(1)
 
 
 # ---- without a sum over negatives ----

@@ -54,4 +54,4 @@ class Method(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must say what its loss is, in forward or in two halves")
 
     def after_step(self, progress: float) -> None:
-        """Called once after every optimizer step; progress in 0..1 is the share of the steps done."""
+        """Called once after every optimizer step; progress is the share of the steps before it: from 0 to below 1."""

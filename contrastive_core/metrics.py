@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -64,21 +66,24 @@ def contrast_hits(queries: Tensor, keys: Tensor, positive: Tensor, *, mask: Tens
 def count_negatives(loss: Callable[..., Tensor], queries: Tensor, *others: Tensor | None, **options: Any) -> Tensor:
     """How many negatives each query truly has, over all processes: asked of the loss, with its own way of leaving out.
 
-    With scores of 0 the decoupled loss is the logarithm of their number. It costs as much as the loss.
+    With scores of 0 the loss is the logarithm of one more than their number. It costs as much as the loss.
+
+    `cpc.negatives.count_negatives` is another: how many a CPC prediction has by the choice of `method.negatives`, from
+    the numbers of images and cells alone.
 
     Args:
-        loss: `info_nce` or `nt_xent`, or another with their `decoupled` and `reduction`.
+        loss: `info_nce` or `nt_xent`, or another with their `decoupled`, which is False here, and `reduction`.
         queries: `n d` (`nt_xent`: the first views); only their shape matters.
         others, options: what the loss is given beside them; every process must call where keys are gathered.
 
-    Returns `n` (`nt_xent`: `2n`) counts, 0 for a query that has none; where no query has one the loss raises.
+    Returns `n` (`nt_xent`: `2n`) counts, 0 for a query that has none.
 
     Example: `count_negatives(nt_xent, torch.rand(4, 8), torch.rand(4, 8))` is [6, 6, 6, 6, 6, 6, 6, 6].
     """
-    options = {**options, "temperature": 1.0, "decoupled": True, "reduction": "none"}
+    options = {**options, "temperature": 1.0, "decoupled": False, "reduction": "none"}
     # in float64, whose exponential of a logarithm is right to the last of a billion keys
     zeros = [o if o is None or not o.is_floating_point() else o.new_zeros(o.shape, dtype=torch.float64) for o in others]
-    return loss(queries.new_zeros(queries.shape, dtype=torch.float64), *zeros, **options).exp().round()
+    return loss(queries.new_zeros(queries.shape, dtype=torch.float64), *zeros, **options).expm1().round()
 
 
 @torch.no_grad()
@@ -105,7 +110,8 @@ def effective_rank(features: Tensor, *, limit: int = 256) -> Tensor:
         limit: at most this many rows are looked at, spread evenly. 256 of d = 2048 take 10 ms of one CPU core; the
             paper looks at 25,600 to rank encoders, which tells more than an alarm needs.
 
-    Returns a float64 scalar; 1 for zeros, NaN where a number is not finite.
+    Returns a float64 scalar; 1 for zeros, NaN where a number is not finite. On a GPU the host waits for it, since
+    torch's eigenvalues ask the device whether they have converged.
 
     Raises ValueError for another shape or no rows. Example: `effective_rank(torch.eye(4))` is 4.
     """
@@ -116,13 +122,26 @@ def effective_rank(features: Tensor, *, limit: int = 256) -> Tensor:
     # in float64, where a product with itself costs singular values above 1e-8 of the largest no digit that counts
     rows = features.double()
     largest = rows.abs().max()
-    finite = largest.isfinite()  # not asked for: that would wait for the device
+    finite = largest.isfinite()  # eigenvalues of what is not would be an error, or no answer
     rows = torch.where(finite, rows, 1.0) / torch.where(finite, largest, 1.0).clamp_min(torch.finfo(rows.dtype).tiny)
     if len(rows) > rows.shape[1]:
         rows = rows.T
     singular = torch.linalg.eigvalsh(rows @ rows.T).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(torch.finfo(rows.dtype).tiny) + 1e-7
     return torch.where(finite, torch.special.entr(share).sum().exp().clamp(1, len(rows)), math.nan)
+
+
+_watching: ContextVar[bool] = ContextVar("watching", default=True)
+
+
+@contextmanager
+def watching(on: bool) -> Iterator[None]:
+    """Within: whether somebody looks at the metrics; else `spread_metrics` leaves out what the device is waited for."""
+    token = _watching.set(on)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
 
 
 LEAST_SPREAD, LEAST_RANK = 0.01, 1.5
@@ -134,12 +153,12 @@ def spread_metrics(vectors: Tensor) -> dict[str, Tensor]:
     """What tells a collapse of projections (CPC: targets) `n d`, for `collapsed`: {"spread", "effective_rank"}.
 
     spread: `feature_std` in units of 1/sqrt(d), 1 = even over the sphere, 0 = one point. effective_rank: of at most 64
-    rows, which a step has time for.
+    rows; left out in a step that nobody looks at (`watching`), since a GPU would stand still for it in every one.
 
     Example: the rows of `torch.ones(4, 8)` have spread 0 and effective rank 1.
     """
-    spread = feature_std(vectors) * math.sqrt(vectors.shape[1])
-    return {"spread": spread, "effective_rank": effective_rank(vectors, limit=64)}
+    found = {"spread": feature_std(vectors) * math.sqrt(vectors.shape[1])}
+    return found | ({"effective_rank": effective_rank(vectors, limit=64)} if _watching.get() else {})
 
 
 def collapsed(spread: float, rank: float) -> str:

@@ -79,10 +79,12 @@ def teacher_of(model: Module) -> Module:
 
 
 def cosine_momentum(progress: float, base: float) -> float:
-    """1 - (1 - base) (cos(pi progress) + 1) / 2: from `base` up to 1, where the teacher stands still (BYOL, section 3).
+    """1 - (1 - base) (cos(pi progress) + 1) / 2: from `base` up towards 1, where the teacher stands still.
+
+    (BYOL, section 3.1, whose progress is k/K, of step k of K counted from 0, as in its code and in MoCo v3's.)
 
     Args:
-        progress: share of the optimizer steps done, 0..1.
+        progress: share of the optimizer steps before this one, 0..1, as `Method.after_step` is given it.
         base: the momentum of the first step, 0..1: 0.996 for BYOL's 1000 epochs, 0.99 for 300 or 100.
 
     Raises ValueError for another base. Example: `cosine_momentum(0.5, 0.99) == 0.995`.

@@ -120,16 +120,28 @@ class Together(Optimizer):
             optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all, in order."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        """As one optimizer has it, whose parameters are all of them, numbered in order."""
+        state: dict[int, Any] = {}
+        groups: list[Group] = []
+        first = 0
+        for optimizer in self.optimizers:
+            own = optimizer.state_dict()
+            state |= {first + i: entry for i, entry in own["state"].items()}
+            groups += [group | {"params": [first + i for i in group["params"]]} for group in own["param_groups"]]
+            first += sum(len(group["params"]) for group in own["param_groups"])
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` gave; ValueError for another number of optimizers."""
-        states = state_dict["optimizers"]
-        if len(states) != len(self.optimizers):
-            raise ValueError(f"the states of {len(states)} optimizers for {len(self.optimizers)}: pass one each")
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+        """What `state_dict` gave; ValueError for other groups."""
+        sizes, own = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
+        if sizes != own:
+            raise ValueError(f"the state of groups of {sizes} parameters for {own}: pass that of optimizers like these")
+        groups = iter(state_dict["param_groups"])
+        for optimizer in self.optimizers:
+            mine = [next(groups) for _ in optimizer.param_groups]
+            numbers = {number for group in mine for number in group["params"]}
+            state = {number: entry for number, entry in state_dict["state"].items() if number in numbers}
+            optimizer.load_state_dict({"state": state, "param_groups": mine})  # by order, whatever the numbers
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 

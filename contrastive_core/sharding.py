@@ -8,6 +8,7 @@ processes that hold them. The step is the same as with everything everywhere, to
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.fx import GraphModule
 
 from contrastive_core.gather import world
+from contrastive_core.losses import Temperature
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -40,13 +42,22 @@ def shard_(module: nn.Module, device: torch.device) -> None:
     """Split a module's parameters over all processes in place, a block at a time; what is in no block goes together.
 
     Every process has to call it, with equal weights on `device`. Optimizers are made of the parameters afterwards.
-    Weights in channels_last become contiguous, as `fully_shard` wants them.
+    Weights in channels_last become contiguous, as `fully_shard` wants them. Learned temperatures stay within bounds.
     """
     module.to(memory_format=torch.contiguous_format)
     mesh = init_device_mesh(device.type, (world()[1],))
     for block in blocks_of(module):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
+    if any(isinstance(part, Temperature) for part in module.modules()):
+        module.register_forward_pre_hook(_bound_, prepend=True)
+
+
+def _bound_(module: nn.Module, _: Any) -> None:
+    """Put learned temperatures back to their bounds, before weights are gathered: what a forward writes is lost."""
+    for part in module.modules():
+        if isinstance(part, Temperature):
+            part.bound_()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -59,6 +70,8 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     own = tensor.to(like.device)
+    if own.ndim == 0:  # a learned number, as it was saved while it had no rows
+        own = own.reshape(like.shape)
     return distribute_tensor(own, like.device_mesh, like.placements, src_data_rank=None)
 
 

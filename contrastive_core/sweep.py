@@ -51,6 +51,7 @@ class Pairs:
     positive: `n` int64, the positive's column; None where the caller brings the positive's score.
     itself: `n` int64, a column that is left out (NT-Xent: the query itself).
     mask: for the `width` columns from `first` on; all others are compared.
+    least: keys that the mask has to let through in every row.
     decoupled: leave the positive out of the sum.
     """
 
@@ -59,6 +60,7 @@ class Pairs:
     mask: Mask | None = None
     first: int = 0
     width: int = 0
+    least: int = 0
     decoupled: bool = False
 
     def negatives_(self, scores: Tensor, rows: slice) -> Tensor:
@@ -69,6 +71,8 @@ class Pairs:
             if not problem and self.positive is not None:
                 own = allowed.gather(1, self.positive[rows, None] - self.first).squeeze(1)
                 problem = masked_positive_problem(own, rows.start)
+            if not problem and self.least:
+                problem = masked_negatives_problem(allowed.sum(1) >= self.least, rows.start)
             if problem:
                 raise ValueError(problem)
             scores[:, self.first : self.first + self.width].masked_fill_(~allowed, -torch.inf)
@@ -99,6 +103,15 @@ def masked_positive_problem(own: Tensor, first: int) -> str:
         return ""
     row = first + int((~own).nonzero()[0])
     return f"the mask leaves out the positive of query {row}: set it True, or drop that query"
+
+
+def masked_negatives_problem(enough: Tensor, first: int) -> str:
+    """A mask lets every query have a negative; "" = it does. `enough`: `n` bool, of the queries from `first` on."""
+    if enough.all():
+        return ""
+    row = first + int((~enough).nonzero()[0])
+    compared = "decoupled=True compares with negatives only"
+    return f"{compared} and the mask leaves query {row} none: set another key True, or drop that query"
 
 
 def full_precision(rows: Tensor) -> Tensor:
@@ -157,14 +170,15 @@ def row_sweep(
         highest = scores.amax(1).clamp_min_(lowest) if len(keys) else scores.new_full((len(scores),), lowest)
         negatives = scores.sub_(highest[:, None]).exp_()
         total = negatives.sum(1)
-        # own_score * 0, so that an infinite positive gives NaN and not 0
-        log_odds = total.log().add_(highest).sub_(own_score).add_(own_score * 0)
+        # the two scores first: a large one would round the logarithm away. own_score * 0, so that an infinite positive
+        # gives NaN and not 0
+        log_odds = total.log().add_(highest - own_score).add_(own_score * 0)
         losses[rows] = log_odds if pairs.decoupled else F.softplus(log_odds, threshold=88)
         if weights is None:
             continue
 
         w = slopes(log_odds, weights_of(weights, rows), pairs.decoupled)
-        scale = (w / total.clamp_min(torch.finfo(total.dtype).tiny))[:, None]
+        scale = (w / total.clamp_min(1))[:, None]  # the highest adds 1: less is 0, without negatives
         if d_queries is not None:
             torch.mm(negatives, keys, out=d_queries[rows]).mul_(scale)
             if pairs.positive is not None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from contrastive_core.data import LoadedBatch
 from contrastive_core.grad_cache import CachedStep, check_cacheable
 from contrastive_core.method import Batch, Method
+from contrastive_core.metrics import watching
 from contrastive_core.optim import set_learning_rate_
 from contrastive_core.profiling import part
 from contrastive_core.randomness import Randomness
@@ -154,6 +155,7 @@ def train_steps(
     schedule: Callable[[float], float],
     clip: float | None = None,
     grad_cache: bool = False,
+    watched: Callable[[int], bool] = lambda step: True,
 ) -> Iterator[StepResult]:
     """Take optimizer steps `start` .. `steps` - 1 and yield after each.
 
@@ -167,6 +169,8 @@ def train_steps(
         clip: largest norm of the whole gradient; None leaves it alone.
         grad_cache: contrast all micro-batches of a step with one another instead of each with itself: the gradient
             of the whole batch, for a second forward pass (`contrastive_core.grad_cache`).
+        watched: `watched(step)` -> whether anyone looks at the metrics of this step, counted from 1: the same on all
+            processes. Of the others those are left out that a GPU is waited for (`contrastive_core.metrics.watching`).
 
     Raises FloatingPointError before a loss or a gradient that is not finite reaches the weights, ValueError where
     `grad_cache` is asked of a method that does not come in two halves.
@@ -186,7 +190,8 @@ def train_steps(
         lr = set_learning_rate_(optimizer, schedule((step + 0.5) / steps))
         seed_torch_(seed, step, accelerator.process_index)
 
-        totals = gradients(method, makers, accelerator)
+        with watching(watched(step + 1)):
+            totals = gradients(method, makers, accelerator)
         with part("clip"):
             norm = whole(accelerator.clip_grad_norm_(method.parameters(), math.inf if clip is None else clip))
         if ahead and (following := next(coming, None)) is not None:
@@ -205,7 +210,7 @@ def train_steps(
             )
         optimizer.zero_grad()
         with part("after step"):
-            bare.after_step((step + 1) / steps)
+            bare.after_step(step / steps)  # as the papers count: a teacher's momentum starts at its base
 
         step += 1
         totals["lr"] = torch.tensor(lr, dtype=torch.float64)

@@ -7,7 +7,8 @@ matrix of scores costs no memory and no traffic. Summing over negatives *is* att
 
 and c_i, the mean of the keys weighted by how hard they are, is all that the gradient of the queries needs. So one
 kernel with a running maximum gives losses and the queries' gradient (two products of matrices), and a second, which
-goes down the columns with X known, the keys' (two products).
+goes down the columns with X known, the keys' (two products). The maximum M and T = sum_j exp(S_ij - M) stay apart: in
+X = M + log T a large M would round log T away.
 
 Where one side is short, a queue of 65,536 keys against 256 queries, programs also split the long side between them;
 their parts are put together in torch. No program adds to what another one writes, so results repeat to the bit.
@@ -43,11 +44,11 @@ def _load_rows(matrix, rows, count, d, WIDTH: tl.constexpr):  # type: ignore[no-
 @triton.jit(do_not_specialize=["n", "m", "share"])
 def _rows_kernel(  # type: ignore[no-untyped-def]
     queries, keys, positive, itself,
-    log_sums, positive_scores, centres,
+    maxima, totals, positive_scores, centres,
     n, m, d, share,
     ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X, the positive's score and c for a block of queries, over one share of the keys."""
+    """M, T, the positive's score and c for a block of queries, over one share of the keys."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     first = part * share
@@ -88,7 +89,8 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         highest = new_highest
 
     place = part.to(tl.int64) * n + rows
-    tl.store(log_sums + place, highest + tl.log(total), mask=rows < n)
+    tl.store(maxima + place, highest, mask=rows < n)
+    tl.store(totals + place, total, mask=rows < n)
     if positive is not None:
         tl.store(positive_scores + place, own_score, mask=rows < n)
     if centres is not None:
@@ -100,11 +102,11 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["n", "m", "share"])
 def _columns_kernel(  # type: ignore[no-untyped-def]
-    queries, keys, positive, itself, log_sums, weights, sums,
+    queries, keys, positive, itself, maxima, weights, sums,
     n, m, d, share,
     ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sum_i w_i N_ij q_i for a block of keys, over one share of the queries."""
+    """sum_i weight_i exp(S_ij - M_i) q_i for a block of keys, over one share of the queries."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     part = tl.program_id(1)
     first = part * share
@@ -124,9 +126,9 @@ def _columns_kernel(  # type: ignore[no-untyped-def]
             left_out = tl.load(itself + rows, mask=inside, other=-1).to(tl.int32)
             negative = negative & (cols[:, None] != left_out[None, :])
         scores = tl.where(negative, scores, float("-inf"))
-        log_sum = tl.load(log_sums + rows, mask=inside, other=0.0)
+        highest = tl.load(maxima + rows, mask=inside, other=0.0)
         weight = tl.load(weights + rows, mask=inside, other=0.0)
-        hardness = tl.exp(scores - log_sum[None, :]) * weight[None, :]
+        hardness = tl.exp(scores - highest[None, :]) * weight[None, :]
         total = tl.dot(hardness, query, total, input_precision=PRECISION)
 
     features = tl.arange(0, WIDTH)
@@ -223,10 +225,23 @@ def _one_kernel(out):  # type: ignore[no-untyped-def]
 # ---- the two sums ----
 
 
+class KeySums(NamedTuple):
+    """What `sum_over_keys` gives of each query.
+
+    highest, total: M, the lowest number where there are no negatives, and T, 0 there and else at least 1; `n`.
+    scores: the positives', `n`; None where there is no positive. centres: c, `n d`; None where not wanted.
+    """
+
+    highest: Tensor
+    total: Tensor
+    scores: Tensor | None
+    centres: Tensor | None
+
+
 def sum_over_keys(
     queries: Tensor, keys: Tensor, positive: Tensor | None, itself: Tensor | None, *, centres: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """X `n`; the positives' scores `n` where there is a positive; c `n d` where `centres` are wanted, else None.
+) -> KeySums:
+    """The sums over the negatives, with c where `centres` are wanted.
 
     Args:
         queries: `n d`. keys: `m d`. Float32.
@@ -235,37 +250,40 @@ def sum_over_keys(
     n, d = queries.shape
     tile = _tile(queries)
     parts, share = _split(n, len(keys), tile, queries.device)
-    log_sums = queries.new_empty(parts, n)
+    maxima, totals = queries.new_empty(parts, n), queries.new_empty(parts, n)
     scores = None if positive is None else queries.new_empty(parts, n)
     sums = queries.new_empty(parts, n, d) if centres else None
     if n:
         grid = (triton.cdiv(n, tile.own), parts)
-        tensors = (queries, keys, positive, itself, log_sums, scores, sums)
+        tensors = (queries, keys, positive, itself, maxima, totals, scores, sums)
         sizes = (n, len(keys), d, share)
         _launch(_rows_kernel, grid, tile, d, *tensors, *sizes, ROWS=tile.own, COLS=tile.visiting)
-    total = log_sums[0] if parts == 1 else log_sums.logsumexp(0)
-    if sums is not None and parts > 1:
-        sums *= (log_sums - total.clamp_min(LOWEST.value)).exp()[:, :, None]
-    return total, None if scores is None else scores.sum(0), None if sums is None else _added(sums)
+    highest, total = maxima[0], totals[0]
+    if parts > 1:
+        highest = maxima.amax(0)
+        totals *= (maxima - highest).exp_()
+        total = totals.sum(0)
+        if sums is not None:
+            sums *= (totals / total.clamp_min(1))[:, :, None]
+    return KeySums(highest, total, None if scores is None else scores.sum(0), None if sums is None else _added(sums))
 
 
 def sum_over_queries(
-    queries: Tensor, keys: Tensor, positive: Tensor | None, itself: Tensor | None, log_sums: Tensor, weights: Tensor
+    queries: Tensor, keys: Tensor, positive: Tensor | None, itself: Tensor | None, highest: Tensor, weights: Tensor
 ) -> Tensor:
-    """sum_i w_i N_ij q_i, `m d`.
+    """sum_i weight_i exp(S_ij - M_i) q_i, `m d`.
 
     Args:
-        queries, keys, positive, itself: as in `sum_over_keys`, whose X are the `log_sums`.
-        weights: w, `n`.
+        queries, keys, positive, itself: as in `sum_over_keys`, which gives M, `highest`.
+        weights: `n`; w over T, for sum_i w_i N_ij q_i.
     """
     m, d = keys.shape
     tile = _tile(queries)
     parts, share = _split(m, len(queries), tile, queries.device)
     sums = keys.new_empty(parts, m, d)
     if m:
-        log_sums = log_sums.clamp_min(LOWEST.value)  # a row without negatives adds exp(-inf - lowest) = 0
         grid = (triton.cdiv(m, tile.own), parts)
-        tensors = (queries, keys, positive, itself, log_sums, weights, sums)
+        tensors = (queries, keys, positive, itself, highest, weights, sums)
         sizes = (len(queries), m, d, share)
         _launch(_columns_kernel, grid, tile, d, *tensors, *sizes, ROWS=tile.visiting, COLS=tile.own)
     return _added(sums)

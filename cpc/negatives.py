@@ -50,6 +50,8 @@ def check_masked(loss: Callable[..., Any], negatives: str) -> None:
 def count_negatives(negatives: str, k: int | None, images: int, cells: int) -> int:
     """How many a prediction has, among so many images of so many cells: its chance loss is the log of one more.
 
+    `contrastive_core.metrics.count_negatives` is another: it asks a loss how many each query truly has.
+
     Raises ValueError where there are none, or fewer than are to be drawn.
 
     Example: of 2 images of 9 cells, 17 of all, 9 of the other image, 8 of the same one.

@@ -11,6 +11,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -38,7 +39,7 @@ from cpc.entry import build, build_schedule, check_complete, run_name, start_acc
 from cpc.features import FrozenEncoder
 from cpc.interruption import Stopped, StopRequest
 from cpc.run_folder import check_folder, checkpoint_to_resume, choose_run_dir, claimed, saved_checkpoints
-from cpc.run_watch import OnlineProbe, RunWatch
+from cpc.run_watch import OnlineProbe, RunWatch, has_row
 
 logger = logging.getLogger(__name__)
 
@@ -259,9 +260,15 @@ def fitted(cfg: DictConfig, method: Method, accelerator: Accelerator) -> Method:
 
 
 def steps_of(
-    cfg: DictConfig, pieces: Pieces, trained: Trained, accelerator: Accelerator, start: int
+    cfg: DictConfig,
+    pieces: Pieces,
+    trained: Trained,
+    accelerator: Accelerator,
+    *,
+    start: int,
+    watched: Callable[[int], bool],
 ) -> Iterator[StepResult]:
-    """The recipe's steps from `start` on; none is taken before it is asked for."""
+    """The recipe's steps from `start` on, some of them `watched`; none is taken before it is asked for."""
     batches = training_batches(
         pieces.dataset,
         batch_size=cfg.batch_size,
@@ -286,6 +293,7 @@ def steps_of(
         schedule=build_schedule(cfg.schedule),
         clip=cfg.clip,
         grad_cache=cfg.grad_cache,
+        watched=watched,
     )
 
 
@@ -327,7 +335,8 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     trained = made_ready(cfg, fitted(cfg, parts.method, accelerator), accelerator)
     images = images_of(parts.dataset, accelerator)
     start = resume_(checkpoint, trained.modules, trained.optimizer, accelerator, images)
-    results = steps_of(cfg, parts, trained, accelerator, start)
+    rows = partial(has_row, every=cfg.log_every, steps=cfg.steps)
+    results = steps_of(cfg, parts, trained, accelerator, start=start, watched=rows)
     main_process = accelerator.is_main_process
     probe = online_probe(cfg, parts, trained.shown, accelerator) if cfg.probe_every and main_process else None
 
@@ -340,7 +349,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
         else nullcontext() as log,
         profiled(run_dir if cfg.profile and main_process else None, cfg.steps - start) as profile_step,
     ):
-        watch = RunWatch(log, accelerator, every=cfg.log_every, images=cfg.batch_size, bad_images=cfg.bad_images)
+        watch = RunWatch(log, accelerator, rows=rows, images=cfg.batch_size, bad_images=cfg.bad_images)
         if start and main_process:  # of which the log has kept what can be read
             watch.remember(read_metrics(run_dir))
         for result in results:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -91,6 +91,11 @@ class CollapseAlarm:
         return bool(self.line) and not before
 
 
+def has_row(step: int, *, every: int, steps: int) -> bool:
+    """Whether a step gets a row of metrics: the first, each `every`-th and the last do."""
+    return step in (1, steps) or step % every == 0
+
+
 def metrics_row(result: StepResult, accelerator: Accelerator, rate: float) -> dict[str, float]:
     """A row of `metrics.jsonl`: means over the processes."""
     names = sorted(result.metrics)
@@ -102,14 +107,20 @@ def metrics_row(result: StepResult, accelerator: Accelerator, rate: float) -> di
 class RunWatch:
     """Counts, writes down and says what a run does; every process has one, and the main one alone a log.
 
-    Args: `log`: None on the other processes. `every`: steps between two rows. `images`: of a step, on all processes.
-    `bad_images`: the share of them that may be undecodable.
+    Args: `log`: None on the other processes. `rows`: which steps get one, by their numbers. `images`: of a step, on all
+    processes. `bad_images`: the share of them that may be undecodable.
     """
 
     def __init__(
-        self, log: RunLog | None, accelerator: Accelerator, *, every: int, images: int, bad_images: float
+        self,
+        log: RunLog | None,
+        accelerator: Accelerator,
+        *,
+        rows: Callable[[int], bool],
+        images: int,
+        bad_images: float,
     ) -> None:
-        self._log, self._accelerator, self._every, self._images = log, accelerator, every, images
+        self._log, self._accelerator, self._rows, self._images = log, accelerator, rows, images
         self._bad_images, self._throughput, self._alarm = BadImages(bad_images), Throughput(), CollapseAlarm()
 
     @property
@@ -130,7 +141,7 @@ class RunWatch:
         """
         self._bad_images.count(result.faults, seen=self._images // self._accelerator.num_processes)
         self._throughput.images += self._images
-        if last or result.step == 1 or result.step % self._every == 0:
+        if self._rows(result.step):
             row = metrics_row(result, self._accelerator, self._throughput.rate())
             if self._log is not None:
                 self._log.write(row)

@@ -33,6 +33,7 @@ class Case:
     weights: bool = True
     needs: tuple[bool, bool, bool] = (True, True, True)
     size: float = 1.0  # of the scores, about
+    alike: bool = False  # all scores are exactly `size`, a power of two, and keys differ where queries are 0; d = 17
     poison: tuple[str, int, float] | None = None  # (where, a row, what is put there)
     tf32: bool = False
 
@@ -68,6 +69,9 @@ CASES = {
     "low temperature, decoupled": Case(size=100.0, decoupled=True, itself=True),
     "very low temperature": Case(size=3000.0),
     "tiny scores": Case(size=1e-20),
+    "large scores alike": Case(d=17, size=2.0**25, alike=True),
+    "large scores alike, split": Case(33, 700, 17, size=2.0**22, alike=True),
+    "large scores alike, own, decoupled": Case(33, 700, 17, score="own", decoupled=True, size=2.0**25, alike=True),
     "no negatives": Case(6, 1, 8),
     "no negatives but 0": Case(6, 1, 8, score="neither", itself=True),
     "no negatives, decoupled": Case(6, 1, 8, decoupled=True),
@@ -91,6 +95,10 @@ def _inputs(case: Case) -> dict[str, torch.Tensor]:
         "own": torch.randn(case.n, generator=generator) * case.size,
         "weights": torch.randn(case.n, generator=generator),
     }
+    if case.alike:
+        tensors["queries"][:, :-1], tensors["queries"][:, -1] = case.size / 16, 0
+        tensors["keys"][:, :-1] = 1
+        tensors["own"].fill_(case.size)
     if case.poison:
         where, row, value = case.poison
         if where == "everything":
@@ -138,7 +146,8 @@ def differences(name: str, device: str = "cpu") -> list[str]:
     finite must be where it is in float32.
     """
     case = CASES[name]
-    rounding = 2e-6 + 8 * case.size * torch.finfo(torch.float32).eps  # two last places of the largest scores
+    # two last places of the largest scores, unless these are exact
+    rounding = 2e-6 + (0 if case.alike else 8 * case.size * torch.finfo(torch.float32).eps)
     exact = _swept(sweep.row_sweep, case, device, torch.float64)
     plain = _swept(sweep.row_sweep, case, device, torch.float32)
     before = torch.backends.cuda.matmul.fp32_precision

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from contrastive_core import checkpoint
@@ -20,6 +20,8 @@ from contrastive_core.checkpoint import (
     replacing,
     save_checkpoint,
 )
+from contrastive_core.losses import SigmoidLoss
+from contrastive_core.optim import Together
 
 
 def network():
@@ -44,8 +46,12 @@ def assert_equal_states(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def together(net):
+    return Together([torch.optim.SGD(net[-1].parameters(), 0.1, momentum=0.9), torch.optim.Adam(net[:-1].parameters())])
+
+
 @pytest.mark.parametrize("make", [adam, lambda net: torch.optim.SGD(net.parameters(), 0.1, momentum=0.9),
-                                  lambda net: torch.optim.SGD(net.parameters(), 0.1)])  # fmt: skip
+                                  lambda net: torch.optim.SGD(net.parameters(), 0.1), together])  # fmt: skip
 def test_going_on_from_a_checkpoint_is_not_having_stopped(tmp_path, make):
     torch.manual_seed(0)
     net = network()
@@ -60,6 +66,36 @@ def test_going_on_from_a_checkpoint_is_not_having_stopped(tmp_path, make):
     assert state == {"step": 3, "threads": 2}
     train(again, optimizer_again, 3, start=3)
     assert_equal_states(net.state_dict(), again.state_dict())
+    for key, entry in optimizer.state_dict()["state"].items():
+        assert_equal_states(entry, optimizer_again.state_dict()["state"][key])
+
+
+@pytest.mark.parametrize("make", [adam, lambda net: torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)])
+def test_learned_numbers_go_on_from_a_checkpoint_that_has_them_as_scalars(tmp_path, make):
+    """And so has what the optimizer keeps of them."""
+    torch.manual_seed(0)
+    rows = torch.randn(6, 4)
+
+    def train(loss, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss(rows, rows).backward()
+            optimizer.step()
+
+    loss = SigmoidLoss()
+    optimizer = make(loss)
+    train(loss, optimizer, 3)
+    saved = save_checkpoint(tmp_path, 3, {"loss": loss}, optimizer, {})
+    for name in ("loss", "optimizer"):
+        tensors = load_file(saved / f"{name}.safetensors")
+        save_file({key: value.reshape(()) for key, value in tensors.items()}, saved / f"{name}.safetensors")
+    train(loss, optimizer, 3)
+
+    again = SigmoidLoss()
+    optimizer_again = make(again)
+    load_checkpoint_(saved, {"loss": again}, optimizer_again)
+    train(again, optimizer_again, 3)
+    assert_equal_states(loss.state_dict(), again.state_dict())
     for key, entry in optimizer.state_dict()["state"].items():
         assert_equal_states(entry, optimizer_again.state_dict()["state"][key])
 

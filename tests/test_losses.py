@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -573,6 +574,8 @@ def test_no_input_is_changed():
 
 Q, KEYS, P = torch.zeros(3, 4), torch.ones(5, 4), torch.tensor([0, 1, 2])
 MASK = torch.ones(3, 5, dtype=torch.bool)
+OWN = torch.arange(5) == P[:, None]
+LONELY = OWN | torch.tensor([[True], [False], [True]])  # query 1 is compared with its positive alone
 SHARED = torch.zeros(2, 4)
 TWO = torch.zeros(2, 3)
 BOOLS = torch.tensor([True, False])
@@ -604,6 +607,12 @@ WRONG = [  # (a call, the words of its error)
     (lambda: info_nce(Q, KEYS, P, mask=lambda rows, cols: MASK[0]), r"shape \(5,\) .*return bool of \(3, 5\)"),
     (lambda: info_nce(Q, KEYS[:1], P * 0, decoupled=True), "decoupled=True compares with negatives only and there are"),
     (lambda: info_nce(Q, KEYS[:0], Q, decoupled=True), "there are none: pass more keys"),
+    (lambda: info_nce(Q, KEYS, P, mask=LONELY, decoupled=True), "negatives only and the mask leaves query 1 none: set"),
+    (lambda: info_nce(Q, KEYS, Q, mask=LONELY & ~OWN, decoupled=True), "query 1 none: set another key True, or drop"),
+    (
+        lambda: info_nce(Q, KEYS, P, mask=lambda rows, cols: LONELY[rows, cols], decoupled=True, reduction="none"),
+        "the mask leaves query 1 none",
+    ),
     (lambda: info_nce(Q[:0], KEYS, P[:0]), "queries are empty: pass at least one"),
     (lambda: info_nce(Q, KEYS, P, temperature=0), "temperature=0: pass a number above 0"),
     (lambda: info_nce(Q, KEYS, P, temperature=-0.1), r"temperature=-0\.1: pass a number above 0"),
@@ -774,6 +783,17 @@ def test_normalize_takes_rows_only():
         normalize(torch.ones(2, 3, 4))
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_query_whose_mask_leaves_its_positive_alone(decoupled):
+    """Costs nothing, decoupled is refused (`WRONG`), and is compared with shared keys all the same."""
+    queries, keys, shared = torch.randn(3, 4), torch.randn(5, 4), torch.randn(6, 4)
+    if not decoupled:
+        assert info_nce(queries, keys, P, mask=LONELY, reduction="none")[1] == 0
+    losses = info_nce(queries, keys, P, mask=LONELY, shared_keys=shared, decoupled=decoupled, reduction="none")
+    expected = dense_info_nce(queries, keys, P, shared, mask=LONELY, decoupled=decoupled)
+    torch.testing.assert_close(losses, expected)
+
+
 # ---- modules ----
 
 
@@ -878,6 +898,27 @@ def test_a_learned_temperature_is_saved_with_the_module():
     restored = InfoNCELoss(0.7, learn_temperature=True)
     restored.load_state_dict(module.state_dict())
     assert restored.temperature().item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("make", [
+    lambda value: InfoNCELoss(value, learn_temperature=True),
+    lambda value: NTXentLoss(value, learn_temperature=True),
+    lambda value: SigmoidLoss(value, -20 * value),
+], ids=["InfoNCELoss", "NTXentLoss", "SigmoidLoss"])  # fmt: skip
+def test_learned_numbers_have_a_row_and_are_read_from_scalars(make):
+    """As states have them that were saved before `fully_shard`, which refuses scalars, was there."""
+    module, restored = make(0.2), make(0.7)
+    assert {parameter.shape for parameter in module.parameters()} == {(1,)}
+    assert module.temperature().shape == ()
+    scalars = {f"0.{name}": value.reshape(()) for name, value in module.state_dict().items()}
+    copied = copy.deepcopy(restored)
+    torch.nn.ModuleList([copied]).load_state_dict(scalars)
+    assert all(value.shape == () for value in scalars.values())  # the caller's own
+    for name, value in module.state_dict().items():
+        assert torch.equal(copied.state_dict()[name], value)
+        assert not torch.equal(restored.state_dict()[name], value)
+    pairs = [torch.arange(2)] if isinstance(module, InfoNCELoss) else []
+    assert module(TWO, TWO, *pairs).shape == ()
 
 
 @pytest.mark.parametrize("decoupled", [False, True])

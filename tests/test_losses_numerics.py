@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_losses import CASES, dense_info_nce, dense_nt_xent, dense_siglip, dense_sup_con, dense_symmetric
 from torch import Tensor
+from torch.nn import functional as F
 
 from contrastive_core import losses
 from contrastive_core.losses import (
@@ -254,6 +255,29 @@ def test_two_keys_far_apart(distance):
     won, lost = (info_nce(query, keys, torch.tensor([index])).item() for index in (0, 1))
     assert won == pytest.approx(math.log1p(math.exp(-distance)), rel=1e-5, abs=1e-44)
     assert lost == pytest.approx(distance, rel=1e-6, abs=math.exp(-distance) * 1.1)
+
+
+@pytest.mark.parametrize("own_keys", [False, True], ids=["", "own keys"])
+@pytest.mark.parametrize("score", [4e4, 4e6, 4e7])
+def test_a_large_score_that_all_keys_share_costs_no_digits(score, own_keys):
+    """Added to the score, log 7 is rounded away; in float32 the scores themselves are exact. Keys differ where queries
+    are 0, so that there is a gradient of the queries.
+    """
+    index = torch.tensor([0, 5])
+    queries = torch.cat([torch.full((2, 4), score / 4), torch.zeros(2, 1)], 1)
+    keys = torch.cat([torch.ones(8, 4), torch.randn(8, 1, generator=torch.Generator().manual_seed(0))], 1)
+    a, b = queries.clone().requires_grad_(), keys.clone().requires_grad_()
+    exact_a, exact_b = (rows.double().requires_grad_() for rows in (queries, keys))
+    positive, expected = index, F.cross_entropy(exact_a @ exact_b.T, index)
+    if own_keys:  # the query's own, and all of the keys beside it
+        positive = b[index]
+        scores = torch.cat([(exact_a * exact_b[index]).sum(1, keepdim=True), exact_a @ exact_b.T], 1)
+        expected = F.cross_entropy(scores, index * 0)
+    value = info_nce(a, None if own_keys else b, positive, shared_keys=b if own_keys else None)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    for found, right in zip(torch.autograd.grad(value, (a, b)), torch.autograd.grad(expected, (exact_a, exact_b)),
+                            strict=True):  # fmt: skip
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-6 * right.abs().max().item())
 
 
 @pytest.mark.parametrize("name", LOSSES)

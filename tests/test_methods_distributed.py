@@ -76,7 +76,7 @@ def train(name, norm, accumulate, split):
         gradients = gradients or {key: whole(p.grad).clone() for key, p in learned.items()}
         optimizer.step()
         optimizer.zero_grad()
-        method.after_step((step + 1) / STEPS)
+        method.after_step(step / STEPS)
     return {"losses": losses, "gradients": gradients, "state": whole_state(method)}
 
 

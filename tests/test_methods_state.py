@@ -1,6 +1,7 @@
 """What a method carries from step to step: teachers, queues and banks through checkpoints, accumulation and caching."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -13,7 +14,6 @@ from contrastive_core.checkpoint import latest_checkpoint, load_checkpoint_, sav
 from contrastive_core.data import ImageDataset, training_batches
 from contrastive_core.grad_cache import CachedStep, check_cacheable
 from contrastive_core.method import Batch
-from contrastive_core.momentum import cosine_momentum
 from contrastive_core.optim import constant
 from contrastive_core.training import train_steps
 
@@ -125,11 +125,23 @@ def test_the_teacher_moves_once_a_step(name, accumulate):
     method = build(name, "group")
     old = [p.clone() for p in method.teacher.parameters()]
     list(run(name, method, sgd(method), steps=1, accumulate=accumulate))
-    momentum = cosine_momentum(1.0, 0.9) if name in ("BYOL", "MoCoV3") else 0.9  # after the only step progress is 1
     model = [*method.encoder.parameters(), *method.head.parameters()]
     for before, now, weight in zip(old, method.teacher.parameters(), model, strict=True):
-        torch.testing.assert_close(now, momentum * before + (1 - momentum) * weight)
+        torch.testing.assert_close(now, 0.9 * before + 0.1 * weight)
         assert not now.requires_grad
+
+
+@pytest.mark.parametrize("name", ["BYOL", "MoCoV3"])
+def test_step_k_of_n_has_the_momentum_of_k_over_n(name):
+    """Counted from 0, as in both papers' code: the first is the base, and the last still moves the teacher."""
+    method = build(name, "group")
+    model = [*method.encoder.parameters(), *method.head.parameters()]
+    old = [p.clone() for p in method.teacher.parameters()]
+    momenta = [0.9, 1 - 0.1 * (1 + math.sqrt(0.5)) / 2, 0.95, 1 - 0.1 * (1 - math.sqrt(0.5)) / 2]
+    for momentum, _ in zip(momenta, run(name, method, sgd(method)), strict=True):
+        for before, now, weight in zip(old, method.teacher.parameters(), model, strict=True):
+            torch.testing.assert_close(now, momentum * before + (1 - momentum) * weight)
+        old = [p.clone() for p in method.teacher.parameters()]
 
 
 @pytest.mark.parametrize("name", ["BYOL", "MoCoV3"])
@@ -207,6 +219,22 @@ def test_the_queue_holds_the_teacher_s_keys_in_the_order_of_the_images(name):
         assert method.written == []
 
 
+@pytest.mark.parametrize("name", ["MoCo", "PIRL", "PIRL by InfoNCE", "SimCLRv2"])
+def test_a_forward_in_evaluation_mode_writes_nothing(name):
+    """A validation between two steps: no image of it becomes a negative, and nothing is kept for the next step."""
+    method, left_alone = build(name), build(name)
+    method.eval()
+    for seed in range(3):
+        method(batch_of(name, seed=seed))
+    assert method.written == []
+    assert_same_state(method, left_alone)
+    method.train()
+    for each in (method, left_alone):
+        each(batch_of(name))
+        each.after_step(0.1)
+    assert_same_state(method, left_alone)
+
+
 @pytest.mark.parametrize("size", [3, 8, 14, 40])
 def test_queues_smaller_and_larger_than_a_batch(size):
     torch.manual_seed(0)
@@ -276,7 +304,7 @@ def test_a_few_steps_lower_the_loss(name, seed):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        method.after_step((step + 1) / 6) if name not in MEMORY else method.written.clear()
+        method.after_step(step / 6) if name not in MEMORY else method.written.clear()
     assert losses[-1] < losses[0]
 
 

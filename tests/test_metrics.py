@@ -54,6 +54,7 @@ def test_negatives_are_counted_by_the_loss_itself():
     mask[2, 2] = True
     assert count_negatives(info_nce, queries, keys, positive, temperature=0.1).tolist() == [6, 6, 6, 6]
     assert count_negatives(info_nce, queries, keys, positive, mask=mask).tolist() == [6, 3, 0, 6]
+    assert count_negatives(info_nce, queries[:1], keys[:1], positive[:1]).tolist() == [0]
     assert count_negatives(info_nce, queries, None, queries, shared_keys=keys).tolist() == [7] * 4
     assert count_negatives(nt_xent, queries, queries).tolist() == [6] * 8
     assert count_negatives(nt_xent, queries.half(), queries.half()).tolist() == [6] * 8

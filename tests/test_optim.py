@@ -532,6 +532,21 @@ def test_together_goes_on_from_its_state_and_its_rates_still_reach_both():
     )
 
 
+def test_together_s_state_is_numbered_as_one_optimizer_s():
+    """As checkpoints want it: by parameter, those of the second after those of the first."""
+    module, optimizers = halves()
+    together = Together(optimizers)
+    forward_and_backward(module, 0)
+    together.step()
+    state = together.state_dict()
+    parameters = [parameter for group in together.param_groups for parameter in group["params"]]
+    assert [number for group in state["param_groups"] for number in group["params"]] == list(range(len(parameters)))
+    for number, entry in state["state"].items():
+        (kept,) = [name for name in entry if name in ("momentum_buffer", "exp_avg")]
+        assert entry[kept].shape == parameters[number].shape
+    assert sorted(state["state"]) == list(range(len(parameters)))
+
+
 def test_what_together_cannot_take_is_named():
     with pytest.raises(ValueError, match=r"^0 optimizers of 0 parameters: pass some, and none twice$"):
         Together([])
@@ -541,7 +556,8 @@ def test_what_together_cannot_take_is_named():
     together = Together([torch.optim.SGD([shared], 0.1), torch.optim.Adam([own], 0.1)])
     with pytest.raises(ValueError, match="cannot share a closure: call backward before step"):
         together.step(lambda: 0.0)
-    with pytest.raises(ValueError, match="the states of 1 optimizers for 2: pass one each"):
+    said = r"^the state of groups of \[1\] parameters for \[1, 1\]: pass that of optimizers like these$"
+    with pytest.raises(ValueError, match=said):
         together.load_state_dict(Together([torch.optim.SGD([shared], 0.1)]).state_dict())
 
 

@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 
 from contrastive_core.checkpoint import load_checkpoint_, optimizer_tensors, save_checkpoint, take_part
+from contrastive_core.losses import InfoNCELoss, NTXentLoss, SigmoidLoss
 from contrastive_core.momentum import ema_update_
 from contrastive_core.optim import LARS, parameter_groups
 from contrastive_core.run_log import read_metrics
@@ -59,6 +60,45 @@ def started(name, split, recompute=False):
     return module, OPTIMIZERS[name](parameter_groups(module))
 
 
+LEARNED = {
+    "info_nce": lambda: InfoNCELoss(0.5, learn_temperature=True),
+    "nt_xent": lambda: NTXentLoss(0.5, learn_temperature=True),
+    "nt_xent at its bound": lambda: NTXentLoss(0.011, learn_temperature=True),
+    "sigmoid": SigmoidLoss,
+}
+
+
+class Learner(nn.Module):
+    """Both views `n 2 5` through one layer, and a loss with learned numbers of its own."""
+
+    def __init__(self, loss):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.loss = nn.Linear(5, 4), loss
+
+    def forward(self, views):
+        z1, z2 = self.layer(views).unbind(1)
+        pairs = [torch.arange(len(z1))] if isinstance(self.loss, InfoNCELoss) else []
+        return self.loss(z1, z2, *pairs)
+
+
+def learned(name, own, split):
+    """The state after each of eight steps; positives win at first, and T falls, then are anyone, and it rises."""
+    module = Learner(LEARNED[name]()).double()
+    if split:
+        shard_(module, CPU)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    states = []
+    for step in range(8):
+        rows = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        views = torch.stack([rows, rows.roll(step // 4, 0)], 1)
+        module(views[own]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        states.append({key: whole(value).clone() for key, value in module.state_dict().items()})
+    return states
+
+
 def tensors_of(module, optimizer):
     named = {**module.state_dict(), **optimizer_tensors(optimizer)}
     return {name: whole(tensor).clone() for name, tensor in named.items()}
@@ -86,6 +126,11 @@ def one_process(rank, folder):
         load_checkpoint_(Path(folder) / name / "step_00000002", {"net": module}, optimizer)
         norms = steps(module, optimizer, lambda step: images(step)[2 * rank : 2 * rank + 2], start=2)
         found[f"{name} resumed"] = norms, tensors_of(module, optimizer)
+    for name in LEARNED:
+        found[name] = learned(name, slice(4 * rank, 4 * rank + 4), split=True)
+    learner = Learner(SigmoidLoss())
+    shard_(learner, CPU)
+    found["a number"] = whole(split_like(torch.tensor(2.0), learner.loss.bias))
     again, optimizer = started("adam", split=True, recompute=True)
     found["recomputed"] = steps(again, optimizer, lambda step: images(step)[2 * rank : 2 * rank + 2])
     found["own"] = sum(p.to_local().numel() for p in again.parameters())
@@ -129,6 +174,17 @@ def test_steps_are_those_of_one_process(folder, processes, name):
         torch.testing.assert_close(own[f"{name} resumed"], expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", LEARNED)
+def test_what_a_loss_learns_is_that_of_one_process(processes, name):
+    """Its bound included: kept in a gathered copy alone, what is held would fall on, and be long in rising again."""
+    alone = learned(name, slice(None), split=False)
+    for own in processes:
+        torch.testing.assert_close(own[name], alone, rtol=1e-9, atol=1e-12)
+    temperatures = [float(state["loss.temperature.log_temperature"].exp()) for state in alone]
+    if name == "nt_xent at its bound":
+        assert min(temperatures) < 0.01 < temperatures[-1]
+
+
 def test_each_process_holds_about_half(processes):
     everything = sum(parameter.numel() for parameter in encoder().parameters())
     held = [own["own"] for own in processes]
@@ -145,6 +201,10 @@ def test_what_is_shown_is_whole(processes):
     for own in processes:
         torch.testing.assert_close(*own["shown"], rtol=0, atol=0)
         assert torch.equal(*own["there and back"])
+
+
+def test_a_learned_number_that_was_saved_as_a_scalar_is_split(processes):
+    assert [own["a number"].tolist() for own in processes] == [[2.0], [2.0]]
 
 
 def test_what_is_not_split_stays_as_it_is():

@@ -106,6 +106,15 @@ def test_a_mask_is_asked_for_each_row_once_and_for_its_own_columns(small_blocks)
 # ---- the sweeps themselves ----
 
 
+def test_a_decoupled_row_without_negatives_has_the_gradient_of_its_positive_alone():
+    query, key = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+    pairs = Pairs(torch.tensor([0]), decoupled=True)
+    losses, (d_query, d_key, _) = row_sweep(query, key, None, pairs=pairs, weights=5.0, needs=(True, True, False))
+    assert losses == -math.inf
+    close(d_query, -5 * key)
+    close(d_key, -5 * query)
+
+
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("side", [2, 4, 6, 100])
 @pytest.mark.parametrize("images", range(1, 11))

@@ -96,7 +96,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(accumulate):
         torch.testing.assert_close(b.metrics["gradient_norm"], a.metrics["gradient_norm"])
     assert several[0].metrics["seen"] == 8 / accumulate
     assert len(parts.batches) == 4 * accumulate
-    assert parts.progress == whole.progress == [0.25, 0.5, 0.75, 1.0]  # once an optimizer step
+    assert parts.progress == whole.progress == [0.0, 0.25, 0.5, 0.75]  # once an optimizer step
 
 
 def tiny_cpc():
@@ -125,6 +125,22 @@ def test_with_grad_cache_micro_batches_are_contrasted_as_one(accumulate):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
     assert one[0].metrics["negatives"] == 8 * 9 - 1
     assert plain[0].metrics["negatives"] == 8 // accumulate * 9 - 1
+
+
+@pytest.mark.parametrize("grad_cache", [False, True])
+def test_what_the_device_is_waited_for_is_computed_where_somebody_looks(grad_cache, monkeypatch):
+    """Every other number of a step is there, and equal, also where nobody does."""
+    solved, solve = [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda matrix: (solved.append(1), solve(matrix))[1])
+    options = {"batch_size": 8, "views": double_patches, "data": dataset(size=12), "steps": 3, "accumulate": 2}
+    always = list(run(tiny_cpc(), grad_cache=grad_cache, **options))
+    times = len(solved)
+    some = list(run(tiny_cpc(), grad_cache=grad_cache, watched=lambda step: step != 2, **options))
+    assert len(solved) - times == times * 2 // 3 > 0
+    for a, b in zip(always, some, strict=True):
+        left_out = {"effective_rank"} if a.step == 2 else set()
+        assert set(a.metrics) - set(b.metrics) == left_out
+        assert all(torch.equal(value, a.metrics[name]) for name, value in b.metrics.items())
 
 
 def test_grad_cache_of_a_method_that_compares_nothing_is_an_error():

@@ -42,9 +42,10 @@ class MoCo(Method):
             8 GPUs are 8 groups). A number of groups, not of processes, so that a run is the same on 1 or on 8. 1 = one
             group and no shuffling: right only without BatchNorm.
 
-    The queue is written, and the teacher moved, once an optimizer step. The teacher's BatchNorm statistics are those of
-    its own batches, as in the published code; that moves the teacher before the keys are made, which after the first
-    step is the same. Running statistics are those of a process's own groups: they take no part in training.
+    The queue is written, and the teacher moved, once an optimizer step; keys of a forward in evaluation mode are not
+    written. The teacher's BatchNorm statistics are those of its own batches, as in the published code; that moves the
+    teacher before the keys are made, which after the first step is the same. Running statistics are those of a
+    process's own groups: they take no part in training.
 
     Raises ValueError for bn_groups below 1 and, on all processes, where a batch does not split into so many groups of
     at least 2 or `GlobalBatchNorm` would join them.
@@ -78,7 +79,8 @@ class MoCo(Method):
         q = normalize(in_groups(self.head, features, groups))
         with torch.no_grad():
             k = normalize(self._keys(key_view, batch.indices, counts, groups))
-        self.written.append(k)
+        if self.training:
+            self.written.append(k)
 
         loss = info_nce(q, None, k, shared_keys=self.queue.keys(), temperature=self.temperature)
         negatives = float(len(self.queue.features))

@@ -55,7 +55,7 @@ class PIRL(Method):
         form: "nce" or "info_nce".
 
     Every micro-batch of a step draws the same rows but for its own images': under accumulation a negative may be an
-    image of another micro-batch.
+    image of another micro-batch. A forward in evaluation mode leaves bank and normaliser as they are.
 
     Raises ValueError for another form, and for another number of tiles.
     """
@@ -98,7 +98,8 @@ class PIRL(Method):
         u = normalize(self._joined(tiles))
         own = self.bank.rows(batch.indices)
         drawn = self.bank.sample(self.negatives, exclude=batch.indices)[1]
-        self.written.append((batch.indices, v.detach()))
+        if self.training:
+            self.written.append((batch.indices, v.detach()))
 
         loss = self.weight * self._loss(u, own, drawn) + (1 - self.weight) * self._loss(v, own, drawn)
         metrics = two_view_metrics(u.detach(), v.detach(), features.detach())
@@ -133,10 +134,13 @@ class PIRL(Method):
 
     def _log_normaliser(self, scores: Tensor) -> Tensor:
         """log Z = log( N mean exp(score) ), estimated once, over all processes, from the first tiles and negatives."""
-        if self.normaliser == 0:
-            mean = scores.double().exp().mean()
-            if world()[1] > 1:
-                torch.distributed.all_reduce(mean)
-                mean /= world()[1]
-            self.normaliser.copy_(mean * len(self.bank.features))
-        return self.normaliser.log()
+        if self.normaliser != 0:
+            return self.normaliser.log()
+        mean = scores.double().exp().mean()
+        if world()[1] > 1:
+            torch.distributed.all_reduce(mean)
+            mean /= world()[1]
+        estimate = (mean * len(self.bank.features)).to(self.normaliser)
+        if self.training:
+            self.normaliser.copy_(estimate)
+        return estimate.log()

@@ -40,7 +40,7 @@ class SimCLRv2(Method):
         temperature: 0.1.
 
     The paper says that the memory holds negatives and no more; which views the averaged network sees is unstated: here
-    both, and their keys are written after the optimizer step.
+    both, and their keys are written after the optimizer step. Those of a forward in evaluation mode are not written.
     """
 
     least_images = 2
@@ -80,7 +80,8 @@ class SimCLRv2(Method):
             memory = self.queue.keys()
             # image by image, which is the same order whatever the processes and micro-batches
             keys = torch.stack([representations["key1"], representations["key2"]], 1)
-            self.written.append(keys.flatten(0, 1).detach())
+            if self.training:
+                self.written.append(keys.flatten(0, 1).detach())
         loss = nt_xent(z1, z2, shared_keys=memory, temperature=self.temperature)
         images = sum(row_counts(len(z1)))
         negatives = 2.0 * images - 2 + (0 if memory is None else len(memory))
