@@ -26,7 +26,6 @@ from contrastive_core.plots import format_table, plot_confusion, plot_loss, plot
 from contrastive_core.run_log import read_metrics
 from cpc.entry import build, check_complete, command, config_search
 from cpc.evaluate import labelled
-from cpc.fast_precision import fast_precision
 from cpc.features import FrozenEncoder, load_encoder, untrained_encoder
 from cpc.pretrain import PretrainSchema, pretrain
 from cpc.sweep_labels import sweep
@@ -126,8 +125,7 @@ def label_curve(run_dir: Path, cfg: DictConfig, splits: Splits) -> Path:
     for part, counts in zip(parts, (CURVE, HELD_AGAINST, (POINT,)), strict=True):
         part.runs, part.out = [str(run_dir)], str(run_dir / "labels")
         part.labels_per_class = [count for count in counts if count <= fewest]
-        part.device, part.threads = cfg.device, cfg.threads
-        part.precision = fast_precision(cfg.device)  # half of the minutes are its networks'
+        part.device, part.threads, part.precision = cfg.device, cfg.threads, cfg.precision
         if part.labels_per_class:
             sweep(part)
     return run_dir / "labels"
