@@ -46,7 +46,7 @@ from cpc.seen_images import seen_notes
 LEARNED_FROM_LABELS = ("Classifier", "Distill")
 
 REPORT_EVERY = 120
-"""Seconds between two drawings of the curve while it grows: thousands of resamples each."""
+"""Seconds between two drawings of the curve while it grows, or ten times what one takes: thousands of resamples."""
 
 
 @dataclass
@@ -238,8 +238,18 @@ def take_over_(cfg: DictConfig) -> None:
 
 
 def cells_of(cfg: DictConfig, bench: Bench) -> list[Cell]:
-    """All cells: every arm's draws stand together, so that each so-manieth cell is a fair share of the work."""
+    """All cells: arm by arm its choices of labels, the same for each."""
     return [Cell(arm, amount, seed) for arm in arms_of(cfg) for amount, seed in bench.choices]
+
+
+def share_of(cells: Sequence[Cell], choices: int, shard: int, shards: int) -> list[Cell]:
+    """A shard's cells: every so-manieth choice of labels, beginning one later from arm to arm.
+
+    Args: `cells`: as `cells_of` has them, so many `choices` an arm.
+
+    Example: of two arms with two choices each, two shards have one choice of either arm, and not the same.
+    """
+    return [cell for place, cell in enumerate(cells) if sum(divmod(place, choices)) % shards == shard]
 
 
 def run_cells(bench: Bench, cells: Sequence[Cell], folder: CellFolder) -> Iterator[tuple[Cell, str]]:
@@ -308,17 +318,17 @@ def sweep(cfg: DictConfig) -> Path:
     cells, folder = cells_of(cfg, bench), CellFolder(out / "cells")
     folder.check(bench, cells)
     missing = [cell for cell in cells if not folder.has(cell)]
-    mine = [cell for place, cell in enumerate(cells) if place % cfg.shards == cfg.shard and cell in set(missing)]
+    mine = [cell for cell in share_of(cells, len(bench.choices), cfg.shard, cfg.shards) if cell in set(missing)]
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(cells)} cells, {len(cells) - len(missing)} are there already")
     about = notes(cfg, bench)
     failed: dict[str, str] = {}
-    drawn = time.monotonic()
+    due = time.monotonic() + REPORT_EVERY
     for cell, wrong in run_cells(bench, mine, folder) if mine else ():
         failed |= {str(cell): wrong} if wrong else {}
-        if time.monotonic() > drawn + REPORT_EVERY:
+        if (began := time.monotonic()) > due:
             _report(out, cells, bench, about)
-            drawn = time.monotonic()
+            due = time.monotonic() + max(REPORT_EVERY, 10 * (time.monotonic() - began))
     _report(out, cells, bench, about)
     if failed:
         raise Incomplete(f"{len(failed)} of {len(mine)} cells failed: the same command tries them again")

@@ -41,6 +41,7 @@ from cpc.sweep_labels import (
     check_asked,
     grouped_runs,
     lengths_of,
+    share_of,
     sweep,
     take_over_,
 )
@@ -456,6 +457,18 @@ def test_shards_share_the_cells_and_either_draws_the_curve(configured, tmp_path)
     sweep(configured(*QUICK, "shards=2", "shard=0"))
     assert len(files(tmp_path / "out")) == 8
     assert json.loads((tmp_path / "out/summary.json").read_text())["savings"]
+
+
+@pytest.mark.parametrize(("choices", "shards"), [(11, 11), (4, 2), (3, 2), (6, 4), (1, 3)])
+def test_no_shard_has_the_dearest_choice_of_every_arm(choices, shards):
+    """Each cell is one shard's, and the last choice, of most labels, goes round."""
+    arms = [Arm("CPC", str(arm), "run") for arm in range(2 * shards)]
+    cells = [Cell(arm, LabelAmount("labels", 10 + place), 0) for arm in arms for place in range(choices)]
+    shares = [share_of(cells, choices, shard, shards) for shard in range(shards)]
+    assert sorted(str(cell) for share in shares for cell in share) == sorted(map(str, cells))
+    dearest = [sum(cell.amount.value == 9 + choices for cell in share) for share in shares]
+    assert dearest == [2] * shards
+    assert {len(share) for share in shares} == {2 * choices}
 
 
 def test_shards_as_the_page_has_them_with_hydra_itself(runs, tmp_path, call_tool):
