@@ -210,7 +210,9 @@ def record(name: str, command: str, sweep: Path, seconds: dict[str, float], goes
     kept = ("train_images", "test_images", "classes", "notes", "accuracies", "savings", "scratch")
     kept += ("savings_per_class", "scratch_per_class")
     results = {"how": before["how"]} if "how" in before else {}
-    results |= {"runs": before.get("runs", {}) | runs, "seconds": before.get("seconds", {}) | seconds}
+    for method, names in before.get("runs", {}).items():  # --scratch knows the first run alone
+        runs[method] = list(dict.fromkeys([*names, *runs.get(method, [])]))
+    results |= {"runs": runs, "seconds": before.get("seconds", {}) | seconds}
     results |= {part: summary[part] for part in kept if part in summary} | {"splits": summary["splits"]}
     write(name, command, results, folder=RESULTS)
     for suffix in ("csv", "png"):
