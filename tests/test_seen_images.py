@@ -68,6 +68,7 @@ def test_the_report_says_what_was_seen_by_whom_and_what_is_not_known(run, tmp_pa
 
     def read(data):
         asked.append((data["train"], data["size"]))
+        assert data["cache"] is False
         if data["train"] not in sets:
             raise FileNotFoundError(f"no {data['train']}")
         return Splits(ImageDataset(sets[data["train"]], size=8), None)
