@@ -27,7 +27,7 @@ class Curve(NamedTuple):
 class SavingArrow(NamedTuple):
     """`saving` of the curve at this place in the list, at a number of labels and an accuracy.
 
-    sure: whether its whole interval lies above 1.
+    sure: whether its whole interval lies above 1, of more than one choice of labels where several are to be.
     """
 
     labels: int
@@ -62,7 +62,7 @@ def label_figure(
     for arrow in drawn:
         _arrow(axes, arrow, shades[arrow.curve])
     if not all(arrow.sure for arrow in drawn):
-        axes.plot([], [], ":", color=INK, linewidth=1.1, label="dotted: the interval reaches 1")
+        axes.plot([], [], ":", color=INK, linewidth=1.1, label="dotted: may save nothing")
     counts = sorted({labels for curve in curves for labels in curve.points})
     axes.set_xticks(counts, [f"{labels:,}" for labels in counts])
     axes.set_xticks([], minor=True)

@@ -265,8 +265,11 @@ def _what_intervals_leave_out(curves: Curves) -> list[str]:
     said = []
     arms = {name: curve for name, curve in curves.items() if name[0] not in (SCRATCH, "random")}
     for (method, protocol), curve in arms.items():
-        if len(curve.repeats()) == 1:
-            said.append(f"- one pre-training run of {method} {protocol}: its intervals leave that luck out")
+        of_one = ", ".join(str(labels) for labels in sorted(curve.cells) if len(curve.repeats(labels)) == 1)
+        if of_one:
+            said.append(
+                f"- one pre-training run of {method} {protocol} at {of_one} labels: intervals leave its luck out"
+            )
     single = {labels for curve in curves.values() for labels in curve.cells if curve.planned(labels) == 1}
     if single:
         counts = ", ".join(map(str, sorted(single)))

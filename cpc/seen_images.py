@@ -61,7 +61,7 @@ def seen_notes(
                 continue
         if found[written]:
             said.append(f"{found[written]} of {len(test)} test images are among {what}")
-    if not any(found.values()):
+    if found and not any(found.values()):
         said.append("no test image was found among those that were trained on, by its bytes or the end of its path")
     return said
 

@@ -114,7 +114,7 @@ def test_arrows_that_are_not_sure_are_dotted_and_the_legend_says_so():
         heads = [text.arrow_patch for text in axes.texts if text.arrow_patch is not None]
         assert [head.get_linestyle() for head in heads] == styles
         words = [text.get_text() for text in axes.get_legend().get_texts()][2:]
-        assert words == ["dotted: the interval reaches 1"] * (":" in styles)
+        assert words == ["dotted: may save nothing"] * (":" in styles)
 
 
 def test_more_curves_than_colours():

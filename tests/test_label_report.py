@@ -128,7 +128,7 @@ def test_the_report_says_what_its_reader_has_to_know(tmp_path: Path):
         f"Python {platform.python_version()}; 0.00 h.",
         *(f"    {command}" for command in ABOUT["commands"]),
         "- a note",
-        "- one pre-training run of CPC linear: its intervals leave that luck out",
+        "- one pre-training run of CPC linear at 10 labels: intervals leave its luck out",
         "- CPC linear has 2 of 9 cells with 10 labels",
         "- failed: CPC 0, svm: labels=10, seed 1: ValueError: no such thing",
         "- the best from scratch is chosen at each number of labels on the test images, in its favour: "
@@ -158,10 +158,14 @@ def test_the_luck_of_a_single_run_is_told_by_the_cells_that_there_are(tmp_path: 
     results = [*scratch(), *two, cell("SimCLR", "linear", 10, 20), cell("random", "linear", 10, 8)]
     results.append(cell("CPC", "classifier", 10, 20))
     assert told(tmp_path, results, "one pre-training run of") == [
-        f"one pre-training run of {arm}: its intervals leave that luck out"
+        f"one pre-training run of {arm} at 10 labels: intervals leave its luck out"
         for arm in ("SimCLR linear", "CPC classifier")
     ]
     assert len(told(tmp_path, [one for one in results if one.repeat == 0], "one pre-training run of")) == 4
+    results += [cell("CPC", "linear", labels, 24) for labels in (160, 40)]
+    assert told(tmp_path, results, "one pre-training run of CPC linear") == [
+        "one pre-training run of CPC linear at 40, 160 labels: intervals leave its luck out"
+    ]
 
 
 def test_what_has_one_choice_of_labels_or_lacks_some_is_told(tmp_path: Path):

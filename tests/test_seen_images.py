@@ -86,3 +86,6 @@ def test_the_report_says_what_was_seen_by_whom_and_what_is_not_known(run, tmp_pa
         f"1 of 3 test images are among those that {leaky} was pre-trained on",
         f"whether test images are among those that {gone} was pre-trained on is not known: no gone",
     ]
+    unread = seen_notes(test, training | {"train": "nowhere"}, [gone], read)
+    assert len(unread) == 2
+    assert all("is not known" in note for note in unread), "nothing was looked at, so nothing is said to be clean"
