@@ -3,6 +3,8 @@
 A block's weights are brought together for its forward pass and again for its backward pass, and its gradients go to the
 processes that hold them. The step is the same as with everything everywhere, to rounding. What is split is a DTensor;
 `whole` puts one together, which all processes have to do at once.
+
+torch's part of it is imported where it is used: it takes as long as a fifth of all else that a command loads.
 """
 
 from __future__ import annotations
@@ -12,9 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.fx import GraphModule
 
 from contrastive_core.gather import world
@@ -44,6 +43,9 @@ def shard_(module: nn.Module, device: torch.device) -> None:
     Every process has to call it, with equal weights on `device`. Optimizers are made of the parameters afterwards.
     Weights in channels_last become contiguous, as `fully_shard` wants them. Learned temperatures stay within bounds.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     module.to(memory_format=torch.contiguous_format)
     mesh = init_device_mesh(device.type, (world()[1],))
     for block in blocks_of(module):
@@ -62,11 +64,15 @@ def _bound_(module: nn.Module, _: Any) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """A split tensor put together, on every process, which all must ask for at once; any other as it is."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor that all hold, split as `like` is; as it is where `like` is not split."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(like, DTensor):
         return tensor
     own = tensor.to(like.device)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from contrastive_core.checkpoint import replacing
-from contrastive_core.data import BadImages, Splits, decodable, sample_ids
+from contrastive_core.data import BadImages, Splits, decodable, labels_per_class, sample_ids
 from contrastive_core.evaluate.features import extract_features, pool_grid
 from contrastive_core.evaluate.linear import paper_linear_probe
 from contrastive_core.evaluate.report import LabelledFeatures, probe_rows
@@ -152,6 +152,8 @@ def evaluate(cfg: DictConfig) -> Path:
     if cfg.labels_per_class:  # few labels are drawn by who the images are: so none may be missing
         splits = splits._replace(train=decodable(splits.train, BadImages(cfg.bad_images), cfg.workers))
         ids = sample_ids(splits.train)
+        for count in cfg.labels_per_class:  # said now, not after everything was encoded
+            labels_per_class(splits.train.labels, count, ids=ids)
     encoders = {"trained": trained} | ({"untrained": untrained_encoder(cfg.run)} if cfg.untrained else {})
     rows = [
         {"encoder": name, **row}

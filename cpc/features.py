@@ -16,7 +16,6 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as vision
 
 from contrastive_core.heads import ProjectionHead
 from contrastive_core.methods.classifier import Classifier
@@ -127,6 +126,8 @@ class FrozenEncoder(nn.Module):
     def _fit(self, images: Tensor) -> Tensor:
         if images.shape[-2:] == (self.image_size, self.image_size):
             return images
+        from torchvision.transforms.v2 import functional as vision  # not with `import cpc`: half a second
+
         short = max(self.load_size, self.image_size)  # of less center_crop would make a picture in a black frame
         if min(images.shape[-2:]) != short:
             images = vision.resize(images, [short], antialias=True).clamp(0, 1)

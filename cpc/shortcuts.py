@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as vision
 
 from contrastive_core.checkpoint import replacing
 from contrastive_core.data import ImageDataset, Splits
@@ -94,6 +93,8 @@ def find(method: CPC, images: Tensor, fed: dict[str, Any], batch_size: int, devi
         raise ValueError(
             f"images of {side} px, and the run's have {fed['image_size']}: pass load_size of at least that"
         )
+    from torchvision.transforms.v2 import functional as vision  # not with `import cpc`: half a second
+
     images = vision.center_crop(images, [fed["image_size"]] * 2)
     keys = ("image_size", "patch_size", "stride", "mean", "std")
 

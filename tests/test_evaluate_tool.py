@@ -96,6 +96,14 @@ def test_unlabelled_data_is_named(compose, run_dir, tmp_path):
         evaluate(asked(compose, run_dir, "data=parquet", f"data.train={files[0]}", f"data.test={files[1]}"))
 
 
+def test_too_many_labels_a_class_are_told_before_anything_is_encoded(compose, run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("cpc.evaluate.extract", lambda *_, **__: pytest.fail("encoded first"))
+    test = write_parquet(tmp_path / "test.parquet", 20)
+    data = ["data=parquet", f"data.train={tmp_path / 'train.parquet'}", f"data.test={test}"]
+    with pytest.raises(ValueError, match="50 labels a class, the rarest of 4 classes has 10: pass 1 to 10"):
+        evaluate(asked(compose, run_dir, *data, "labels_per_class=[2,50]"))
+
+
 def test_a_folder_that_is_no_run_is_named(compose, tmp_path):
     with pytest.raises(FileNotFoundError, match="pass the folder of a finished run"):
         evaluate(asked(compose, tmp_path))

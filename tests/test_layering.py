@@ -114,3 +114,12 @@ def test_the_losses_load_torch_and_einops_only() -> None:
 
 def test_importing_cpc_is_cheap() -> None:
     assert not _loaded_by("import cpc") & HEAVY
+
+
+def test_commands_start_without_what_few_of_them_need() -> None:
+    # Detection is torchvision's, and imports it. sympy stands for torch's compiler, which FSDP and torchvision load.
+    commands = sorted(path.stem for path in (CHECKOUT / "tools").glob("*.py") if path.stem not in {"detect", "demo"})
+    modules = [name for name in commands if (CHECKOUT / "cpc" / f"{name}.py").is_file()]
+    assert {"pretrain", "evaluate", "finetune", "sweep_labels", "plan"} <= set(modules)
+    loaded = _loaded_by(f"import {', '.join(f'cpc.{name}' for name in modules)}")
+    assert not loaded & (HEAVY - {"accelerate", "hydra", "omegaconf"} | {"torchvision", "sympy"})
