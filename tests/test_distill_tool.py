@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from small_digits import small_digits
 
 import cpc
 import cpc.distill
@@ -234,14 +235,20 @@ ALL_STEPS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def few_digits(tmp_path_factory):
+    return small_digits(tmp_path_factory.mktemp("digits"))
+
+
 @pytest.fixture
-def all_steps(call_tool, monkeypatch, tmp_path):
-    """`all_steps("out=DIR")`: tools/simclr_v2.py in this process."""
+def all_steps(call_tool, few_digits, monkeypatch, tmp_path):
+    """`all_steps("out=DIR")`: tools/simclr_v2.py in this process, with 400 digits and 100 to test."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
         given = {argument.split("=")[0] for argument in arguments}
         tiny = [option for option in ALL_STEPS if option.split("=")[0] not in given]
+        tiny += few_digits if "data" not in given else []
         call_tool(cpc.simclr_v2.main, *tiny, *arguments)
 
     return run
@@ -258,7 +265,7 @@ def test_three_steps_in_one_command(all_steps, tmp_path, capsys):
     accuracies = ["pretrained, linear probe", "fine-tuned", "distilled", "from scratch"]
     assert [name for name in summary if name in accuracies] == accuracies
     assert all(0 <= summary[name] <= 1 for name in accuracies)
-    assert (summary["labels"], summary["train_labels"], summary["test_images"]) == (20, 20, 1000)
+    assert (summary["labels"], summary["train_labels"], summary["test_images"]) == (20, 20, 100)
     configs = {name: yaml.safe_load((out / name / "config.yaml").read_text()) for name in
                ("pretrain", "finetune", "distill", "supervised")}  # fmt: skip
     assert configs["pretrain"]["method"]["_target_"] == "contrastive_core.methods.simclr_v2.SimCLRv2"
@@ -333,7 +340,7 @@ def test_steps_that_are_other_methods(all_steps, tmp_path):
         (["labels=20"], "error: not given: out; pass out=DIR"),
         (
             ["out=all", "labels=null", "fraction=0.001"],
-            "error: fraction 0.001 of 4000 labelled images is less than one",
+            "error: fraction 0.001 of 400 labelled images is less than one",
         ),
         (["out=all", "pretrain.stpes=3"], "Could not override 'stpes'"),
         (["out=all", "finetune.stpes=3"], "Could not override 'stpes'"),

@@ -94,7 +94,7 @@ def killed_within_a_save(folder, at):
     return child.exitcode != 0
 
 
-@pytest.mark.parametrize("at", [0, 4, 7, 11, 13, 15])
+@pytest.mark.parametrize("at", [0, 7, 13])
 def test_killed_within_a_save(start, whole, tmp_path, at):
     assert killed_within_a_save(tmp_path / "parts", at)
     kept = {folder.name for folder in (tmp_path / "parts/checkpoints").glob("step_*")}
