@@ -113,7 +113,6 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
                 print(f"{versions()}\n\n{OmegaConf.to_yaml(cfg)}", flush=True)
             with speaking(level):
                 result = job(cfg)
-            _leave_group()
             if level == "quiet" and is_main_process() and result is not None:
                 print(result)
         except KeyboardInterrupt:  # before a run has begun to listen, or twice
@@ -149,6 +148,7 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
             try:
                 level, sys.argv[1:] = take_verbosity(overrides_first(sys.argv[1:]))
                 entry()
+                _leave_group()  # here, since the next job of --multirun is in the same one
             except Incomplete as error:
                 sys.exit(_said(error))
             except Exception as error:

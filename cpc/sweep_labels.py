@@ -25,6 +25,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from contrastive_core.data import LabelAmount, sample_ids
+from contrastive_core.encoders import small_cnn_for
 from contrastive_core.reading import read_json
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete, build, check_complete, command, start_accelerator, wants_traceback
@@ -231,7 +232,21 @@ def take_over_(cfg: DictConfig) -> None:
     flips = [flip for run in cfg.runs if (flip := run_augmentation(run)["flip"]) is not None]
     if cfg.augmentation.flip is None and flips:
         cfg.augmentation.flip = min(flips)
+    cfg.cnn = sized_cnn(plain(cfg.cnn), fed["image_size"])
     check_complete(cfg)
+
+
+def sized_cnn(node: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """The ordinary network with widths, and stem, for images of this size where none are given.
+
+    Example: of 32 px `{"_target_": "contrastive_core.encoders.SmallCNN", "widths": None}` gets four widths; another
+    class, which has none, loses the key.
+    """
+    if node.get("widths", ()) is not None:
+        return node
+    rest = {name: value for name, value in node.items() if name != "widths"}
+    small = str(node["_target_"]).endswith(".SmallCNN")
+    return small_cnn_for(image_size) | rest if small else rest
 
 
 # ---- the grid ----
@@ -399,15 +414,14 @@ LISTS = ("runs", "fractions", "labels", "labels_per_class", "protocols", "random
 def arguments(given: Sequence[str]) -> list[str]:
     """Command-line arguments in which lists have their brackets, which a shell may read itself.
 
-    Example: `arguments(["runs=a", "labels=20,40", "out=b"])` is `["runs=[a]", "labels=[20,40]", "out=b"]`. With
-    --multirun a comma means one run for each, as everywhere.
+    Example: `arguments(["runs=a", "labels=20,40", "out=b"])` is `["runs=[a]", "labels=[20,40]", "out=b"]`, with
+    --multirun too: a job for each of two label counts, where each wants a list, cannot be meant.
     """
-    multirun = bool({"-m", "--multirun"} & set(given))
 
     def bracketed(argument: str) -> str:
         key, _, value = argument.partition("=")
         bare = key in LISTS and bool(value) and not value.startswith(("[", "$")) and value != "null"
-        return f"{key}=[{value}]" if bare and not (multirun and "," in value) else argument
+        return f"{key}=[{value}]" if bare else argument
 
     return [bracketed(argument) for argument in given]
 

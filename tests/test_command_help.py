@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -87,6 +88,19 @@ def test_every_tool_is_in_one_of_the_two_lists():
     for name in tools - set(HYDRA) - set(ARGPARSE) - {"demo"}:  # demo: the help of pretrain_cpc, whose keys it takes
         text = (Path(config_folder()).parent / "cpc" / f"{name}.py").read_text()
         assert "command(" in text or "epilog=" in text, f"{name}: --help gives examples"
+
+
+@pytest.mark.parametrize("name", HYDRA)
+def test_examples_compose(name, call_tool, capsys):
+    head = (Path(config_folder()) / f"{name}.yaml").read_text().partition("defaults:")[0]
+    commands = re.findall(r"^#   (.*)$", head.replace("\\\n#    ", ""), re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        _, arguments = re.split(rf"tools/{name}\.py", command)
+        options = shlex.split(arguments, comments=True)
+        if "-m" not in options:  # hydra shows no configuration of several jobs
+            call_tool(HYDRA[name], *options, "--cfg", "job")
+            assert capsys.readouterr().out, command
 
 
 def test_help_names_every_group_and_its_options(call_tool, capsys):
@@ -227,7 +241,7 @@ def test_options_may_stand_anywhere(given, read):
 @pytest.mark.parametrize(("given", "read"), [
     (["runs=a/b", "labels=20,40", "out=c"], ["runs=[a/b]", "labels=[20,40]", "out=c"]),
     (["runs=[a,b]", "scratch=[]", "random=null"], ["runs=[a,b]", "scratch=[]", "random=null"]),
-    (["-m", "shard=0,1", "labels=20,40", "runs=a"], ["-m", "shard=0,1", "labels=20,40", "runs=[a]"]),
+    (["-m", "shard=0,1", "labels=20,40", "runs=a"], ["-m", "shard=0,1", "labels=[20,40]", "runs=[a]"]),
     (["--cfg", "job", "protocols="], ["--cfg", "job", "protocols="]),
 ])  # fmt: skip
 def test_a_sweeps_lists_need_no_brackets(given, read):

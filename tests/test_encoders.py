@@ -11,7 +11,15 @@ from torchvision.models import resnet50 as torchvision_resnet50
 
 from contrastive_core import encoders
 from contrastive_core.checkpoint import export_encoder
-from contrastive_core.encoders import ENCODERS, MoCoViT, SmallCNN, TimmTrunk, TorchvisionTrunk, sincos_positions
+from contrastive_core.encoders import (
+    ENCODERS,
+    MoCoViT,
+    SmallCNN,
+    TimmTrunk,
+    TorchvisionTrunk,
+    sincos_positions,
+    small_cnn_for,
+)
 from contrastive_core.simclr_resnet import Bottleneck, PairMean, SelectiveKernel, SimCLRResNet, simclr_resnet
 from cpc.encoder_card import build_encoder
 from cpc.encoders import ChannelNorm, PatchResNet, normalisation, resnet50, resnet101_v1, resnet161, resnet_small
@@ -593,6 +601,12 @@ def test_a_small_cnn_for_photographs_begins_as_resnets_do():
     assert str(first) == str(reference.conv1).replace("64", "8")
     assert str(pool) == str(reference.maxpool)
     assert len(convolutions(encoder)) == 3
+
+
+@pytest.mark.parametrize(("pixels", "side"), [(28, 3), (32, 4), (48, 6), (49, 3), (64, 4), (80, 5), (81, 2), (224, 7)])
+def test_a_small_cnn_for_a_size_makes_a_map_of_a_few_places(pixels, side):
+    encoder = SmallCNN(**small_cnn_for(pixels))
+    assert encoder.feature_map(torch.rand(1, 3, pixels, pixels)).shape[2:] == (side, side)
 
 
 def test_a_small_cnn_of_an_unknown_stem_is_refused():

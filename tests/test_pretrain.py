@@ -514,3 +514,12 @@ def test_a_healthy_run_says_nothing_of_a_collapse(start, capsys):
     folder = start("steps=2")
     assert "collapsed" not in capsys.readouterr().out + (folder / "encoder.json").read_text()
     assert read_metrics(folder)[-1]["spread"] > 0.01
+
+
+@pytest.mark.slow
+def test_several_jobs_on_two_processes(launch_tool, tmp_path):
+    """The second is in the group of processes that the first was in."""
+    jobs = ["-m", "seed=0,1", "run_dir='run-${seed}'", "hydra.sweep.dir=jobs"]
+    done = launch_tool("tools/pretrain_cpc.py", *tiny("steps=1", "device=cpu"), *jobs, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / f"run-{seed}" / "encoder.safetensors").is_file() for seed in (0, 1))

@@ -42,6 +42,7 @@ from cpc.sweep_labels import (
     grouped_runs,
     lengths_of,
     share_of,
+    sized_cnn,
     sweep,
     take_over_,
 )
@@ -322,6 +323,26 @@ def test_a_setting_that_diverges_is_not_chosen(configured, tmp_path):
     assert json.loads(cell.read_text())["setting"] == {"lr": 2e-3, "weight_decay": 0.0}
 
 
+@pytest.mark.parametrize(("size", "cnn"), [
+    (28, {"widths": [32, 64, 128, 128]}),
+    (64, {"widths": [32, 64, 128, 128, 128]}),
+    (96, {"widths": [32, 64, 128, 256], "stem": "imagenet"}),
+])  # fmt: skip
+def test_the_ordinary_network_suits_the_images(size, cnn):
+    name = "contrastive_core.encoders.SmallCNN"
+    assert sized_cnn({"_target_": name, "widths": None}, size) == {"_target_": name, **cnn}
+    assert sized_cnn({"_target_": name, "widths": [4]}, size) == {"_target_": name, "widths": [4]}
+    assert sized_cnn({"_target_": name, "widths": None, "stem": "small"}, size)["stem"] == "small"
+    another = {"_target_": "contrastive_core.encoders.TorchvisionTrunk", "name": "resnet50"}
+    assert sized_cnn({**another, "widths": None}, size) == another
+
+
+def test_the_ordinary_network_is_sized_by_the_first_run(runs):
+    cfg = composed("sweep_labels", f"runs=[{runs[0]}]", "out=x", "labels=[20]")
+    take_over_(cfg)
+    assert cfg.cnn.widths == [32, 64, 128, 128]
+
+
 def test_a_cell_of_settings_that_all_diverge_says_what_to_pass(configured, capsys):
     cnn = ["labels=[20]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
     with pytest.raises(Incomplete, match="1 of 1 cells failed: the same command tries them again"):
@@ -472,7 +493,10 @@ def test_no_shard_has_the_dearest_choice_of_every_arm(choices, shards):
 
 
 def test_shards_as_the_page_has_them_with_hydra_itself(runs, tmp_path, call_tool):
-    call_tool(cpc.sweep_labels.main, f"runs={runs[0]}", f"out={tmp_path / 'out'}", *SMALL, *STEPS, *QUICK,
+    """Lists without brackets, as everywhere on the page."""
+    quick = [re.sub(r"=\[(.+)\]$", r"=\1", option) for option in QUICK]
+    assert any("," in option for option in quick)
+    call_tool(cpc.sweep_labels.main, f"runs={runs[0]}", f"out={tmp_path / 'out'}", *SMALL, *STEPS, *quick,
               "-m", "shard=0,1", "shards=2")  # fmt: skip
     assert len(files(tmp_path / "out")) == 8
 
