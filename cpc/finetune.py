@@ -144,12 +144,15 @@ def chosen_labels(cfg: DictConfig, train: ImageDataset) -> LabelSplit:
 
 
 def labelled_test(splits: Splits, classes: int) -> ImageDataset:
-    """The test images that have a label, which must be one of `classes`; ValueError where there are none."""
+    """The test images that have a label, which must be one of `classes`; ValueError for less than one a process."""
     if splits.test is None:
         raise ValueError("there are no test images: pass data.test=FILE, or a folder with train/ and test/")
     chosen = (splits.test.labels >= 0).nonzero().flatten()
     if not len(chosen):
         raise ValueError("no test image has a label: the data needs a `label` column or class folders")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if len(chosen) < processes:  # each tests a share of them, after the training
+        raise ValueError(f"{len(chosen)} test images for {processes} processes: pass one for each, or use fewer")
     highest = int(splits.test.labels.max())
     if highest >= classes:
         raise ValueError(f"the test images have classes up to {highest}, there are {classes}: pass data of as many")

@@ -106,10 +106,6 @@ class ArmCurve:
         """How many choices of labels there are to be."""
         return max(one.draws for of_seed in self.cells[labels].values() for one in of_seed.values())
 
-    def is_thin(self, labels: int) -> bool:
-        """Whether there is one choice of labels of several that are to be."""
-        return len(self.cells[labels]) == 1 < self.planned(labels)
-
     def right(self, labels: int, seeds: Sequence[int], truth: Tensor) -> Tensor:
         """`runs draws images` float64 for these seeds, NaN where a run has no result; of the runs that have one."""
         of_seeds = [self.cells[labels].get(seed, {}) for seed in seeds]
@@ -262,6 +258,7 @@ def savings_of(
     """
     rows = []
     weights = balanced(truth) if per_class else None
+    planned = planned_choices(curves)
     for against, scratch in scratch_curves(curves, "class_accuracy" if per_class else "accuracy").items():
         for (method, protocol), arm in curves.items():
             if method == SCRATCH or (against == SAME and method in other_networks):
@@ -276,11 +273,19 @@ def savings_of(
                     draws=len(arm.seeds(labels)),
                     runs=len(arm.repeats(labels)),
                     scratch_draws=_fewest_draws(scratch),
-                    thin=arm.is_thin(labels)
-                    or any(point.curve.is_thin(count) for count, point in scratch.points.items()),
+                    thin=any(
+                        len(curve.seeds(count)) == 1 < planned[count]
+                        for count, curve in [(labels, arm), *((n, point.curve) for n, point in scratch.points.items())]
+                    ),
                 )
                 rows.append(held)
     return rows
+
+
+def planned_choices(curves: Curves) -> dict[int, int]:
+    """By the number of labels how many choices of them any arm has, or is to have: all may have as many."""
+    every = {labels for curve in curves.values() for labels in curve.cells}
+    return {labels: max(c.planned(labels) for c in curves.values() if labels in c.cells) for labels in every}
 
 
 def _fewest_draws(scratch: ScratchCurve) -> int:

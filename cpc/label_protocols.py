@@ -178,6 +178,10 @@ class Length(NamedTuple):
         """Optimizer steps with so many labels in batches of at most this size."""
         return max(self.least, min(self.most, int(self.passes * labels / batch_size)))
 
+    def cut_short(self, labels: int, batch_size: int) -> bool:
+        """Whether `most` stands in the way of its passes."""
+        return int(self.passes * labels / batch_size) > max(self.least, self.most)
+
 
 class Both(NamedTuple):
     """As long as several phases together, or so many `times` as long: what training from scratch is given.
@@ -191,6 +195,10 @@ class Both(NamedTuple):
     def steps(self, labels: int, batch_size: int) -> int:
         """As `Length.steps`, never fewer than the phases' sum."""
         return round(self.times * sum(phase.steps(labels, batch_size) for phase in self.phases))
+
+    def cut_short(self, labels: int, batch_size: int) -> bool:
+        """As `Length.cut_short`, of any phase."""
+        return any(phase.cut_short(labels, batch_size) for phase in self.phases)
 
 
 @dataclass

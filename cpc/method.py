@@ -84,6 +84,9 @@ class CPC(Method):
             raise ValueError(f"directions={list(directions)}: pass one or more of {', '.join(DIRECTIONS)}, each once")
         check_choice(negatives, negatives_k)
         check_masked(loss, negatives)
+        own = loss.keywords.get("gather") if isinstance(loss, partial) else None
+        if own:
+            raise ValueError(f"the loss has gather={own!r}, and CPC gathers targets itself: leave it out")
         dim: int = encoder.dim  # type: ignore[assignment]  # nn.Module types every attribute as Tensor | Module
         self.encoder = encoder
         self.offsets, self.directions, self.loss = tuple(offsets), tuple(directions), loss

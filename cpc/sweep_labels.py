@@ -223,16 +223,19 @@ def other_networks(groups: Mapping[str, Sequence[str]], architecture: Any) -> li
 
 
 def take_over_(cfg: DictConfig) -> None:
-    """Fill in what the first run decides: its data where none are given, how large images are, whether they flip."""
+    """Fill in what runs decide: the first one's data where none are given, how large images are, whether they flip.
+
+    Images are as large as any run's, and made smaller for those that were trained on smaller ones.
+    """
     first = str(cfg.runs[0])
-    fed = read_card(first)[1]["input"]
-    cfg.load_size = cfg.load_size or fed.get("load_size") or fed["image_size"]
+    inputs = [read_card(str(run))[1]["input"] for run in cfg.runs]
+    cfg.load_size = cfg.load_size or max(fed.get("load_size") or fed["image_size"] for fed in inputs)
     if cfg.data is None:
         cfg.data = {**run_data(first), "size": "${load_size}"}
     flips = [flip for run in cfg.runs if (flip := run_augmentation(run)["flip"]) is not None]
     if cfg.augmentation.flip is None and flips:
         cfg.augmentation.flip = min(flips)
-    cfg.cnn = sized_cnn(plain(cfg.cnn), fed["image_size"])
+    cfg.cnn = sized_cnn(plain(cfg.cnn), inputs[0]["image_size"])
     check_complete(cfg)
 
 
@@ -374,14 +377,20 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
 
 
 def lengths_from_scratch(plan: Plan, results: Sequence[CellResult]) -> list[str]:
-    """How long the networks from scratch were trained, with the fewest labels and with the most."""
+    """How long the networks from scratch were trained, with the fewest labels and with the most; where too shortly."""
+    scratch = plan.lengths["scratch"]
     trained = {cell.labels for cell in results if cell.method == SCRATCH and cell.protocol in networks_from_scratch()}
     said = []
     for labels in sorted({min(trained), max(trained)}) if trained else ():
-        steps = plan.lengths["scratch"].steps(labels, plan.batch_size)
+        steps = scratch.steps(labels, plan.batch_size)
         passes = steps * min(plan.batch_size, labels) / labels
         said.append(f"{steps:,} steps with {labels:,} labels, {passes:,.0f} passes over them")
-    return [f"networks from scratch are trained for {' and '.join(said)}: scratch_times"] if said else []
+    cut = sorted(labels for labels in trained if scratch.cut_short(labels, plan.batch_size))
+    too_low = f"from {cut[0]:,} labels on the curve may be too low, and what is saved too large" if cut else ""
+    return [
+        *([f"networks from scratch are trained for {' and '.join(said)}: scratch_times"] if said else []),
+        *([f"{too_low}: steps.*.most cuts networks from scratch short there, raise it"] if cut else []),
+    ]
 
 
 def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:

@@ -216,6 +216,12 @@ def test_what_is_given_twice_is_named(given, words):
         method(**given)
 
 
+def test_a_loss_that_would_gather_by_itself_is_refused():
+    with pytest.raises(ValueError, match="the loss has gather='ring', and CPC gathers targets itself: leave it out"):
+        method(loss=partial(info_nce, gather="ring"))
+    method(loss=partial(info_nce, gather=False))
+
+
 @pytest.mark.parametrize(
     ("options", "ranks"), [({}, 2), ({"gather": False}, 1), ({"negatives": "same_image"}, 1)], ids=str
 )

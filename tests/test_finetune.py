@@ -344,6 +344,13 @@ def test_test_images_need_labels_of_the_classes_there_are():
             labelled_test(splits(labels), 2)
 
 
+def test_every_process_has_a_test_image(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(labelled_test(splits([0, -1, 1, -1]), 2)) == 2
+    with pytest.raises(ValueError, match="1 test images for 2 processes: pass one for each, or use fewer"):
+        labelled_test(splits([0, -1, -1, -1]), 2)
+
+
 def test_a_confusion_matrix_counts_every_image_once():
     class Brightest(torch.nn.Module):
         class_names = ("r", "g", "b")

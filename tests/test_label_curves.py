@@ -211,6 +211,13 @@ def test_one_choice_of_several_is_never_said_to_save(thin):
     assert found([*scratch(), cell("CPC", "linear", 10, 20)])[10]["saves"]
 
 
+def test_a_curve_of_one_choice_is_thin_where_another_arm_has_more():
+    """From scratch with seeds=1, what is pre-trained with the usual five: a number of labels has as many for all."""
+    results = [cell("CPC", "linear", 10, 20, seed=seed, draws=5) for seed in range(5)]
+    assert found([*results, *scratch(0, 1)])[10]["saves"]
+    assert not found([*results, *scratch()])[10]["saves"]
+
+
 def test_the_same_labels_by_two_names_are_not_one_of_them_in_silence():
     twin = dataclasses.replace(cell("CPC", "linear", 10, 20), amount="fraction=0.01")
     with pytest.raises(ValueError, match=r"CPC linear is there for labels=10 and fraction=0.01, the same labels: remo"):

@@ -43,15 +43,37 @@ def test_a_curve_is_made_to_rise(accuracies, expected):
 
 
 def test_of_points_that_fall_those_of_more_draws_say_more():
-    """Four draws at 0.5 and one at 0.4: 0.48 at both, or 0.45 where they weigh the same."""
-    assert rising([0.5, 0.4], [4, 1]) == pytest.approx([0.48, 0.48])
-    assert labels_needed([10, 100], [0.5, 0.4], 0.48, [4, 1]) == 10
-    assert labels_needed([10, 100], [0.5, 0.4], 0.48) == math.inf
+    """Made to rise with equal weights they are 0.4, with more weight of the first 0.46, which lies before it."""
+    assert rising([0.5, 0.3], [4, 1]) == pytest.approx([0.46, 0.46])
+    curve = [10, 100, 1000, 10_000], [0.2, 0.5, 0.3, 0.8]
+    assert labels_needed(*curve, 0.45, [1, 4, 1, 1]) == pytest.approx(10 ** (1 + 0.25 / 0.26))
+    assert labels_needed(*curve, 0.45) == 100
     first = torch.arange(100)
-    one_draw = torch.full((4, 100), math.nan)
-    one_draw[0] = (first < 40).float()
-    scratch = {10: (first < 50).expand(4, -1), 100: one_draw}
-    assert saving_interval(10, (first < 48).expand(1, 4, -1), scratch, resamples=10).saving.value == pytest.approx(1)
+    scratch = {count: (first < 100 * share).expand(4, -1).float() for count, share in zip(*curve, strict=True)}
+    scratch[1000] = scratch[1000].clone().index_fill_(0, torch.arange(1, 4), math.nan)
+    found = saving_interval(10, (first < 45).expand(1, 4, -1), scratch, resamples=10)
+    assert found.saving.value == pytest.approx(10 ** (0.25 / 0.26))
+
+
+@pytest.mark.parametrize(("accuracies", "target", "needed"), [
+    ([0.6, 0.8, 0.78], 0.798, 400), ([0.6, 0.8, 0.78], 0.8, 400), ([0.6, 0.8, 0.78], 0.801, math.inf),
+    ([0.5, 0.45, 0.9], 0.49, 0.0), ([0.5, 0.45, 0.9], 0.5, 100), ([0.5, 0.45, 0.4], 0.5, 100),
+    ([0.5, 0.45, 0.4], 0.45, 0.0),
+])  # fmt: skip
+def test_what_was_measured_at_a_point_is_not_beyond_it(accuracies, target, needed):
+    """A curve that falls at its end: worse than its peak with as many labels is no saving."""
+    assert labels_needed([100, 400, 4000], accuracies, target) == pytest.approx(needed)
+
+
+def test_worse_than_the_peak_of_a_curve_that_falls_is_no_sure_saving():
+    """400 images of 1,000 draws each: 0.798 against 0.80 with as many labels, 0.78 with ten times as many."""
+
+    def right(share):
+        return (torch.arange(1000) < 1000 * share)[None].float()
+
+    found = saving_interval(400, right(0.798)[None], {100: right(0.6), 400: right(0.8), 4000: right(0.78)})
+    assert str(found.saving) == "1.0"
+    assert not str(found.high).startswith("> 10")
 
 
 def test_a_plateau_is_reached_at_its_beginning():

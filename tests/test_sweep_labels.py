@@ -369,7 +369,30 @@ def test_the_report_says_how_long_networks_from_scratch_were_trained(configured,
     sweep(configured("labels=[20,40]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"))
     sweep(configured("labels=[20]", "seeds=1", "scratch=[svm]", "random=[]", "protocols=[]"))
     said = "networks from scratch are trained for 3 steps with 20 labels, 2 passes over them and 3 steps with 40 labels"
+    report = (tmp_path / "out/report.md").read_text()
+    assert said in report
+    assert "may be too low" not in report
+
+
+def test_the_report_says_where_steps_were_cut_short(configured, tmp_path):
+    """Of batches of 10 five passes over 40 labels are 20 steps, over 20 labels 10."""
+    cfg = configured("labels=[20,40]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]")
+    cfg.steps.finetune = {"least": 1, "passes": 5, "most": 10}
+    sweep(cfg)
+    said = "from 40 labels on the curve may be too low, and what is saved too large: steps.*.most cuts networks from"
     assert said in (tmp_path / "out/report.md").read_text()
+
+
+def test_images_are_as_large_as_any_runs(runs, tmp_path):
+    """Of a run on 28 px and one on 40: nothing is enlarged, and the ordinary network is the first run's."""
+    larger = tmp_path / "larger"
+    shutil.copytree(runs[0], larger)
+    card = json.loads((larger / "encoder.json").read_text())
+    card["input"] |= {"load_size": 60, "image_size": 60}
+    (larger / "encoder.json").write_text(json.dumps(card))
+    cfg = composed("sweep_labels", f"runs=[{runs[0]},{larger}]", "out=x", "labels=[20]")
+    take_over_(cfg)
+    assert (cfg.load_size, len(cfg.cnn.widths)) == (60, 4)
 
 
 def test_an_encoder_of_one_cell_is_read_whole():

@@ -72,6 +72,9 @@ def labels_needed(
 ) -> float:
     """The fewest labels with which a curve reaches an accuracy; inf beyond its end, 0 below its beginning.
 
+    The curve is made to rise, which lowers a point that a later one does not reach. An accuracy that was measured at a
+    point is reached there all the same: else what is worse than the curve at its peak would lie beyond its end.
+
     Args:
         labels: of the curve's points, rising, above 0.
         accuracies: at these points.
@@ -80,11 +83,19 @@ def labels_needed(
 
     Raises ValueError where the points do not fit each other or do not rise.
 
-    Example: a curve of 0.2 at 10 and 0.6 at 1,000 labels reaches 0.4 at 100.
+    Example: a curve of 0.2 at 10 and 0.6 at 1,000 labels reaches 0.4 at 100; of 0.2, 0.6 and 0.5 at 10, 100 and 1,000
+    reaches 0.58 at 100.
     """
     if len(labels) != len(accuracies) or not labels or sorted(set(labels)) != list(labels) or labels[0] < 1:
         raise ValueError(f"a curve of {list(labels)} labels and {len(accuracies)} accuracies: pass rising label counts")
-    curve = rising(accuracies, weights)
+    if accuracies[0] > target + _EQUAL:
+        return 0.0
+    measured = (count for count, accuracy in zip(labels, accuracies, strict=True) if accuracy >= target - _EQUAL)
+    return min(float(next(measured, math.inf)), _read_off(labels, rising(accuracies, weights), target))
+
+
+def _read_off(labels: Sequence[int], curve: Sequence[float], target: float) -> float:
+    """As `labels_needed`, of a curve that rises."""
     if target < curve[0] - _EQUAL:
         return 0.0
     if target > curve[-1] + _EQUAL:

@@ -72,7 +72,7 @@ class Classifier(Method):
         return logits
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy over the images of all processes that have a label."""
+        """Cross-entropy over the images of all processes that have a label, for each micro-batch by itself."""
         features = self.encoder(one(batch.views))
         logits = self.classifier(self.head(features))
         metrics = {"accuracy": accuracy(logits, batch.labels), "feature_std": feature_std(features)}
