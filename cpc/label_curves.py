@@ -264,22 +264,30 @@ def savings_of(
             if method == SCRATCH or (against == SAME and method in other_networks):
                 continue
             for labels in sorted(arm.cells):
+                interval = _interval(labels, arm, scratch, truth, weights)
+                read = _points_read(labels, interval, scratch)
                 held = LabelSaving(
                     method,
                     protocol,
                     labels,
                     against,
-                    _interval(labels, arm, scratch, truth, weights),
+                    interval,
                     draws=len(arm.seeds(labels)),
                     runs=len(arm.repeats(labels)),
-                    scratch_draws=_fewest_draws(scratch),
+                    scratch_draws=_fewest_draws(read),
                     thin=any(
-                        len(curve.seeds(count)) == 1 < planned[count]
-                        for count, curve in [(labels, arm), *((n, point.curve) for n, point in scratch.points.items())]
+                        len(curve.seeds(count)) == 1 < planned[count] for count, curve in [(labels, arm), *read.items()]
                     ),
                 )
                 rows.append(held)
     return rows
+
+
+def _points_read(labels: int, interval: SavingInterval, scratch: ScratchCurve) -> dict[int, ArmCurve]:
+    """The curve's points that a saving depends on: as far as the one behind the interval's end."""
+    end = interval.high.bound * labels * (1 - 1e-9)
+    behind = min((count for count in scratch.points if count >= end), default=max(scratch.points))
+    return {count: point.curve for count, point in scratch.points.items() if count <= behind}
 
 
 def planned_choices(curves: Curves) -> dict[int, int]:
@@ -288,8 +296,8 @@ def planned_choices(curves: Curves) -> dict[int, int]:
     return {labels: max(c.planned(labels) for c in curves.values() if labels in c.cells) for labels in every}
 
 
-def _fewest_draws(scratch: ScratchCurve) -> int:
-    several = {count: point.curve for count, point in scratch.points.items() if point.curve.planned(count) > 1}
+def _fewest_draws(read: Mapping[int, ArmCurve]) -> int:
+    several = {count: curve for count, curve in read.items() if curve.planned(count) > 1}
     return min((len(curve.seeds(count)) for count, curve in several.items()), default=1)
 
 

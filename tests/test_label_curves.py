@@ -211,6 +211,16 @@ def test_one_choice_of_several_is_never_said_to_save(thin):
     assert found([*scratch(), cell("CPC", "linear", 10, 20)])[10]["saves"]
 
 
+def test_one_choice_far_up_the_curve_takes_no_saving_back():
+    """CPC is as good with 10 labels as the CNN with 20: of 160, where there is one choice of two, nothing is read."""
+    results = [cell("CPC", "linear", 10, 14, seed=seed, draws=2) for seed in (0, 1)]
+    row = found([*results, *(each for each in scratch(0, 1) if each.labels < 160 or each.seed == 0)])[10]
+    assert (row["saves"], row["scratch_draws"]) == (True, 2)
+    beyond = [cell("CPC", "linear", 10, 24, seed=seed, draws=2) for seed in (0, 1)]
+    row = found([*beyond, *(each for each in scratch(0, 1) if each.labels < 160 or each.seed == 0)])[10]
+    assert (row["saves"], row["scratch_draws"]) == (False, 1)
+
+
 def test_a_curve_of_one_choice_is_thin_where_another_arm_has_more():
     """From scratch with seeds=1, what is pre-trained with the usual five: a number of labels has as many for all."""
     results = [cell("CPC", "linear", 10, 20, seed=seed, draws=5) for seed in range(5)]
