@@ -66,7 +66,7 @@ def test_what_was_measured_at_a_point_is_not_beyond_it(accuracies, target, neede
 
 
 def test_worse_than_the_peak_of_a_curve_that_falls_is_no_sure_saving():
-    """400 images of 1,000 draws each: 0.798 against 0.80 with as many labels, 0.78 with ten times as many."""
+    """On 1,000 images 0.798 with 400 labels, from scratch 0.80 with as many and 0.78 with ten times as many."""
 
     def right(share):
         return (torch.arange(1000) < 1000 * share)[None].float()

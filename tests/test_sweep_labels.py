@@ -384,7 +384,7 @@ def test_the_report_says_where_steps_were_cut_short(configured, tmp_path):
 
 
 def test_images_are_as_large_as_any_runs(runs, tmp_path):
-    """Of a run on 28 px and one on 40: nothing is enlarged, and the ordinary network is the first run's."""
+    """Of a run on 28 px and one on 60: nothing is enlarged, and the ordinary network is the first run's."""
     larger = tmp_path / "larger"
     shutil.copytree(runs[0], larger)
     card = json.loads((larger / "encoder.json").read_text())
