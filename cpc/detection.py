@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_area, roi_align
 
@@ -36,6 +37,10 @@ class EncoderBackbone(nn.Module):
         trainable: False keeps it bit by bit as it is.
 
     Batch norms keep the statistics of pre-training in either case: two images are no batch to take them from.
+
+    Each image is encoded without what the batch pads it with, and its map is padded instead: padding would be in
+    LayerNorm's statistics, which are of the whole map, and an image's features would depend on what it stands beside.
+    `told_sizes`, a hook of torchvision's transform, says how large the images are in the next batch.
     """
 
     def __init__(self, encoder: nn.Module, *, trainable: bool) -> None:
@@ -47,6 +52,12 @@ class EncoderBackbone(nn.Module):
         self.encoder = encoder.requires_grad_(trainable)
         self.trainable = trainable
         self.out_channels: int = encoder.dim  # type: ignore[assignment]  # nn.Module types attributes as Tensor | Module
+        self.sizes: list[tuple[int, int]] | None = None
+        self.cell: tuple[int, int] | None = None
+
+    def told_sizes(self, transform: nn.Module, given: Any, made: tuple[ImageList, Any]) -> None:
+        """Take down how large each image of the next batch is, without its padding: a hook's three arguments."""
+        self.sizes = made[0].image_sizes
 
     def train(self, mode: bool = True) -> EncoderBackbone:
         super().train(mode)
@@ -56,10 +67,48 @@ class EncoderBackbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
+        whole = (images.shape[-2], images.shape[-1])
+        sizes, self.sizes = self.sizes or [whole] * len(images), None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            maps: Tensor = self.encoder.feature_map(images)  # type: ignore[operator]
-        self.scale = maps.shape[-1] / images.shape[-1]
-        return maps
+            if all(size == whole for size in sizes):
+                maps: Tensor = self.encoder.feature_map(images)  # type: ignore[operator]
+                self.scale = maps.shape[-1] / whole[-1]
+                return maps
+            return self._padded_after(images, sizes)
+
+    def _padded_after(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """Maps of images that a batch pads, those of one size at a time, with their last cells repeated beyond them.
+
+        With zeros beyond them a detector of four canvases of 48 px, padded to 64, found next to nothing [ours]: what
+        the proposal network proposed was across the edge, and the box head learned from little else.
+        """
+        if self.cell is None:
+            self.cell = self._measured_cell(images[:1])
+        stride, step = self.cell
+        self.scale = 1 / stride
+        rows, cols = (side // stride for side in images.shape[-2:])
+        found: dict[int, Tensor] = {}
+        for size in dict.fromkeys(sizes):
+            places = [place for place, each in enumerate(sizes) if each == size]
+            height, width = (-(-side // step) * step for side in size)
+            maps = self.encoder.feature_map(images[places, :, :height, :width])  # type: ignore[operator]
+            beyond = (0, cols - maps.shape[-1], 0, rows - maps.shape[-2])
+            maps = nn.functional.pad(maps, beyond, mode="replicate")
+            found |= zip(places, maps.split(1), strict=True)
+        return torch.cat([found[place] for place in range(len(sizes))])
+
+    def _measured_cell(self, image: Tensor) -> tuple[int, int]:
+        """A cell's pixels a side, and what the sides of an image have to be multiples of.
+
+        That is 1 where a cell that is not filled is in the map, too. A trunk that leaves it out, as one with max-pools
+        of 2, would not see the last pixels of an image whose sides are no multiples of the cell's.
+        """
+        cells, beyond = (
+            self.encoder.feature_map(each).shape[-1]  # type: ignore[operator]
+            for each in (image, nn.functional.pad(image, (0, 1, 0, 1)))
+        )
+        stride = image.shape[-1] // cells
+        return stride, 1 if beyond > cells else stride
 
 
 class RegionPool(MultiScaleRoIAlign):
@@ -107,7 +156,7 @@ def detector(
     if classes < 1 or not anchors or min(anchors) < 1:
         raise ValueError(f"classes={classes}, anchors={list(anchors)}: pass at least one class and one anchor's side")
     backbone = EncoderBackbone(encoder, trainable=trainable)
-    return FasterRCNN(
+    model = FasterRCNN(
         backbone,
         min_size=sides[0],
         max_size=sides[1],
@@ -121,6 +170,8 @@ def detector(
         box_predictor=FastRCNNPredictor(head_width, classes + 1),
         box_batch_size_per_image=regions,
     )
+    model.transform.register_forward_hook(backbone.told_sizes)
+    return model
 
 
 def to_learn_from(image: Tensor, boxes: Boxes, *, flipped: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
@@ -182,8 +233,8 @@ Found = dict[str, Tensor]
 def find(model: FasterRCNN, images: Sequence[Tensor]) -> list[Found]:
     """What a detector sees in images `3 h w` uint8 of any size; as many results as images.
 
-    Those of one size go through it together: another's padding would be in LayerNorm's statistics, which are of the
-    whole map, and an image's boxes would depend on what it stands beside.
+    Those of one size go through it together: the features are an image's own in any batch, but regions are proposed
+    from its padding, too, and an image's boxes would depend on what it stands beside.
     """
     device = next(model.parameters()).device
     model.eval()

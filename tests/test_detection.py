@@ -83,7 +83,65 @@ def test_an_image_is_seen_alike_beside_one_of_another_size():
     assert len(alone["boxes"])
 
 
-@pytest.mark.parametrize("side", [20, 40, 48, 64])
+def maps_of(model, images):
+    """What the backbone hands on when the detector sees `images`."""
+    seen = []
+    with model.backbone.register_forward_hook(lambda _, given, maps: seen.append(maps)):
+        targets = [{"boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([1])} for _ in images]
+        model(images, targets if model.training else None)
+    return seen[0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_features_are_those_of_the_image_by_itself(training, trainable):
+    """Whatever stands beside it and whatever a batch pads it with, for LayerNorm over the whole map; gradients, too."""
+    model = small_detector(trainable=trainable).train(training)
+    model.transform.min_size, model.transform.max_size = (41,), 73
+    drawn = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, *size, generator=drawn) for size in ((60, 41), (41, 73), (60, 41))]
+    encoder, normalised = model.backbone.encoder, model.transform.normalize
+    alone = [encoder.feature_map(normalised(image)[None])[0] for image in images]
+    assert [each.shape[1:] for each in alone] == [(30, 21), (21, 37), (30, 21)]
+    maps = maps_of(model, images)
+    assert maps.shape[2:] == (64 // 2, 96 // 2)
+    assert maps.requires_grad == trainable
+    together = [one[:, : each.shape[1], : each.shape[2]] for one, each in zip(maps, alone, strict=True)]
+    for image, one, expected in zip(images, together, alone, strict=True):
+        torch.testing.assert_close(one, expected)
+        torch.testing.assert_close(maps_of(model, [image])[0, :, : one.shape[1], : one.shape[2]], expected)
+    assert torch.equal(maps[0, :, 30:, :21], together[0][:, -1:].expand(-1, 2, -1))  # the last cells again
+    assert torch.equal(maps[1, :, :21, 37:], together[1][:, :, -1:].expand(-1, -1, 11))
+    if trainable:
+        gradients = (
+            torch.autograd.grad(sum(each.square().sum() for each in some), list(encoder.parameters()))
+            for some in (together, alone)
+        )
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
+def test_images_that_no_batch_pads_are_encoded_at_once():
+    model, images = small_detector().eval(), [torch.rand(3, 64, 64) for _ in range(2)]
+    model.transform.min_size, model.transform.max_size = (64,), 64
+    expected = model.backbone.encoder.feature_map(torch.stack([model.transform.normalize(each) for each in images]))
+    assert torch.equal(maps_of(model, images), expected)
+
+
+def test_the_last_pixels_are_seen_where_a_trunk_has_whole_cells_only():
+    class Pooled(nn.Module):
+        dim = 3
+
+        def feature_map(self, images):
+            return nn.functional.max_pool2d(images, 32)
+
+    model = detector(Pooled(), 1, mean=(0, 0, 0), std=(1, 1, 1), sides=(20, 72), anchors=(8,), head_width=4).eval()
+    images = [torch.zeros(3, 20, 40), torch.zeros(3, 72, 20)]
+    images[0][:, 19, 39] = images[1][:, 71, 19] = 1
+    maps = maps_of(model, images)
+    assert maps[:, 0].tolist() == [[[0, 1], [0, 1], [0, 1]], [[0, 0], [0, 0], [1, 1]]]
+
+
+@pytest.mark.parametrize("side", [20, 40, 45, 48, 64])
 def test_regions_are_pooled_where_they_are(side):
     """On a map that is the image at half its size, a region's cells hold its own pixels, whatever it is padded to."""
 
