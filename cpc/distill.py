@@ -55,10 +55,8 @@ class DistillSchema(PretrainSchema):
     augmentation: dict[str, Any] = field(default_factory=lambda: {"crop": None, "flip": None})
 
 
-def settle_(cfg: DictConfig) -> None:
-    """Fill in what the teacher decides, and check what needs no data."""
-    if OmegaConf.is_missing(cfg, "teacher"):
-        raise ValueError("not given: teacher; pass teacher=DIR, the folder of a run of tools/finetune.py")
+def check_asked(cfg: DictConfig) -> None:
+    """Raise ValueError for what is wrong whoever the teacher is: no run is read."""
     if not isinstance(cfg.temperature, int | float) or not cfg.temperature > 0:
         raise ValueError(f"temperature={cfg.temperature}: pass a number above 0")
     if cfg.weight < 1:
@@ -67,6 +65,13 @@ def settle_(cfg: DictConfig) -> None:
         raise ValueError(f"weight={cfg.weight} looks at no label: leave {', '.join(WHICH_LABELS)} out, or lower it")
     if cfg.student is not None and cfg.encoder is not None:
         raise ValueError("student=DIR has an encoder: leave encoder=NAME out")
+
+
+def settle_(cfg: DictConfig) -> None:
+    """Fill in what the teacher decides, and check what needs no data."""
+    if OmegaConf.is_missing(cfg, "teacher"):
+        raise ValueError("not given: teacher; pass teacher=DIR, the folder of a run of tools/finetune.py")
+    check_asked(cfg)
     _, teachers = read_classifier(cfg.teacher)
     if cfg.student is not None:
         _check_fed_alike(read_card(cfg.student)[1]["input"], teachers["input"], cfg.student)

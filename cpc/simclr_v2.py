@@ -23,7 +23,7 @@ from contrastive_core.data import BadImages, ImageDataset, Splits
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.evaluate.linear import linear_probe
 from contrastive_core.plots import format_table
-from cpc.distill import distill
+from cpc.distill import check_asked, distill
 from cpc.entry import build, check_complete, command, start_accelerator
 from cpc.features import load_encoder
 from cpc.finetune import (
@@ -127,6 +127,14 @@ def group_of(cfg: DictConfig, tool: str, name: str, composed: Any) -> Any:
     return composed if isinstance(given, str) else OmegaConf.to_container(OmegaConf.merge(cfg[name], given))
 
 
+def labels_of_student(cfg: DictConfig) -> dict[str, Any]:
+    """Which labels distillation looks at: those of fine-tuning, unless it is given others or looks at none."""
+    seed = {"label_seed": cfg.label_seed}
+    if cfg.distill.get("weight", 1.0) >= 1 or set(WHICH_LABELS) & set(cfg.distill):
+        return seed
+    return {name: cfg[name] for name in WHICH_LABELS} | seed
+
+
 def steps_of(cfg: DictConfig, choices: Mapping[str, str]) -> list[Step]:
     """The runs in order, composed. Those after the first take what images are fed as, and whole images, from it."""
     out, groups = Path(cfg.out), {name: choices[name] for name in ("data", "encoder")}
@@ -143,9 +151,8 @@ def steps_of(cfg: DictConfig, choices: Mapping[str, str]) -> list[Step]:
     from_first = {"run": str(out / "pretrain"), "head_layer": 1, **which, **data, **place("finetune")}
     second = step_config(cfg, "finetune", from_first)
     temperature = 1.0 if "encoder" in cfg.distill else 0.1
-    third = step_config(
-        cfg, "distill", {"teacher": str(out / "finetune"), "temperature": temperature, **data, **place("distill")}
-    )
+    from_second = {"teacher": str(out / "finetune"), "temperature": temperature, **labels_of_student(cfg)}
+    third = step_config(cfg, "distill", {**from_second, **data, **place("distill")})
     steps = [
         Step("pretrain", pretrain, first, "encoder.json"),
         Step("finetune", finetune, second, "test.json"),
@@ -208,11 +215,14 @@ def simclr_v2(cfg: DictConfig) -> Path:
     check_complete(first)
     check_numbers(first)
     build_method(first)
-    # whatever is wrong with the labels is best said before hours of pre-training
+    # whatever is wrong with later steps is best said before hours of pre-training
     second = steps[1].cfg.copy()
     for name in OF_THE_RUN:
         second[name] = first[name]
     check_complete(second)
+    for step in steps[1:]:
+        check_numbers(step.cfg)
+    check_asked(steps[len(TOOLS) - 1].cfg)
     splits: Splits = build(second.data)
     split = chosen_labels(cfg, splits.train)
     few = splits.train.subset(split.indices)

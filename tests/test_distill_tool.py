@@ -320,6 +320,23 @@ def test_a_step_may_have_data_of_its_own(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        (["distill.weight=0.5"], (0.1, None, 3)),
+        (["distill.weight=0.5", "distill.labels=20"], (None, 20, 3)),
+        (["distill.weight=0.5", "distill.label_seed=4"], (0.1, None, 4)),
+        ([], (None, None, 3)),
+    ],
+)
+def test_a_student_sees_the_labels_of_fine_tuning_unless_others_are_given(given, seen):
+    with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
+        cfg = hydra.compose("simclr_v2", ["out=x", "fraction=0.1", "label_seed=3", *given])
+        steps = {step.name: step.cfg for step in steps_of(cfg, {"data": "mnist5k", "encoder": "resnet_small"})}
+    assert tuple(steps["distill"][name] for name in ("fraction", "labels", "label_seed")) == seen
+    assert (steps["finetune"].fraction, steps["finetune"].label_seed) == (0.1, 3)
+
+
 def test_steps_that_are_other_methods(all_steps, tmp_path):
     small = ["encoder.width=4", "pretrain.method=cpc", "pretrain.method.context.width=8"]
     with pytest.raises(SystemExit):  # a name and keys of what it names, at once
@@ -348,6 +365,9 @@ def test_steps_that_are_other_methods(all_steps, tmp_path):
         (["out=all", "data=parquet"], "error: not given: data.train"),
         (["out=all", "labells=20"], "Could not override 'labells'"),
         (["out=all", "finetune.precision=bf16"], "error: finetune.precision is one for all steps: pass precision=bf16"),
+        (["out=all", "finetune.clip=-1"], "error: clip=-1.0: pass"),
+        (["out=all", "distill.temperature=0"], "error: temperature=0: pass a number above 0"),
+        (["out=all", "distill.labels=30"], "error: weight=1.0 looks at no label: leave fraction, labels"),
         (["out=all", "finetune.accumulate=30"], "error: 20 labelled images for 30 processes and micro-batches"),
     ],
 )
