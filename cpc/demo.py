@@ -26,7 +26,8 @@ from contrastive_core.plots import format_table, plot_confusion, plot_loss, plot
 from contrastive_core.run_log import read_metrics
 from cpc.entry import build, check_complete, command, config_search
 from cpc.evaluate import labelled
-from cpc.features import FrozenEncoder, load_encoder, untrained_encoder
+from cpc.features import load_encoder, untrained_encoder
+from cpc.frozen_encoder import FrozenEncoder
 from cpc.pretrain import PretrainSchema, pretrain
 from cpc.sweep_labels import sweep
 

@@ -103,6 +103,8 @@ def build_distillation(cfg: DictConfig) -> tuple[Distill, dict[str, Any]]:
     described = classifier_card(names)
     if cfg.student is not None and read_card(cfg.student)[1].get("classifier"):
         student, own = read_classifier(cfg.student)
+        if not isinstance(student, Classifier):
+            raise ValueError(f"student={cfg.student} classifies grids of latents: pass a run without protocol=cpc_v2")
         described = {"classifier": {**own["classifier"], "class_names": names}}
     else:
         encoder: nn.Module = build(cfg.encoder) if cfg.student is None else read_encoder(cfg.student)[0]

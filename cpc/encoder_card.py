@@ -18,8 +18,9 @@ import cpc.encoders
 from contrastive_core.heads import ProjectionHead
 from contrastive_core.methods.classifier import Classifier
 from contrastive_core.reading import read_json
-from cpc.context import ContextNetwork
+from cpc.context import ContextNetwork, Contexts
 from cpc.foreign import check_plain
+from cpc.grid_classifier import GridClassifier
 
 LARGEST_ARGUMENT = 100_000
 """Of widths and sizes that a file may ask of a module, which is built before it is held to its weights."""
@@ -139,10 +140,13 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 def parts_of(method: nn.Module) -> dict[str, nn.Module]:
     """What a run keeps beside its encoder, by the name of its file; perhaps nothing.
 
-    "head" is a `ProjectionHead`; "context" the `ContextNetwork`s of CPC; "classifier" what a `Classifier` has
-    above its encoder, of `Distill` the student's.
+    "head" is a `ProjectionHead`; "context" the `ContextNetwork`s of CPC, or those that a `GridClassifier` reads;
+    "classifier" what a `Classifier` or a `GridClassifier` has above its latents, of `Distill` the student's.
     """
     learner = getattr(method, "student", method)
+    if isinstance(learner, GridClassifier):
+        read = learner.latents.context
+        return {"classifier": learner.classifier} | ({} if read is None else {"context": read.networks})
     if isinstance(learner, Classifier):
         return {"classifier": nn.ModuleDict({"head": learner.head, "classifier": learner.classifier})}
     head, contexts = getattr(learner, "head", None), getattr(learner, "contexts", None)
@@ -154,13 +158,23 @@ def parts_of(method: nn.Module) -> dict[str, nn.Module]:
 def parts_card(method: nn.Module, class_names: Sequence[str]) -> dict[str, Any]:
     """What `encoder.json` says of `parts_of(method)`; a classifier that keeps layers of a head: `classifier_card`."""
     parts = parts_of(method)
+    if isinstance(method, GridClassifier):
+        context = {} if method.latents.context is None else contexts_card(method.latents.context)
+        return {"classifier": {"class_names": list(class_names), "grid": method.described}} | context
     if "classifier" in parts:
         return classifier_card(class_names) if isinstance(parts["classifier"].head, nn.Identity) else {}
     if "context" in parts:
-        networks = {name: network.arguments for name, network in parts["context"].named_children()}
+        contexts: Any = parts["context"]
         context_of: Any = method.context_of
-        return {"context": {"networks": networks, "context_of": dict(context_of)}}
+        return contexts_card(Contexts(contexts, context_of))
     return {name: head.arguments for name, head in parts.items()}
+
+
+def contexts_card(contexts: Contexts) -> dict[str, Any]:
+    """What `encoder.json` says of context networks."""
+    networks: Any = contexts.networks
+    described = {name: network.arguments for name, network in networks.named_children()}
+    return {"context": {"networks": described, "context_of": contexts.context_of}}
 
 
 def classifier_card(

@@ -22,8 +22,9 @@ from contrastive_core.evaluate.report import LabelledFeatures, probe_rows
 from contrastive_core.plots import format_table
 from cpc.encoder_card import read_card
 from cpc.entry import build, check_complete, command, start_accelerator
-from cpc.features import MODES, FrozenEncoder, load_encoder, untrained_encoder
+from cpc.features import load_encoder, untrained_encoder
 from cpc.foreign import run_data
+from cpc.frozen_encoder import MODES, FrozenEncoder
 
 
 @dataclass

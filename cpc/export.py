@@ -26,7 +26,8 @@ from torch import Tensor
 from contrastive_core.checkpoint import save_tensors
 from cpc.encoder_card import known_architecture, read_card
 from cpc.entry import command
-from cpc.features import MODES, READOUTS, FrozenEncoder, load_encoder, read_encoder
+from cpc.features import load_encoder, read_encoder
+from cpc.frozen_encoder import MODES, READOUTS, FrozenEncoder
 from cpc.graphs import load_onnx, load_program, save_onnx, save_program
 from cpc.model_card import about_run, model_card
 from cpc.plain_trunks import LIBRARIES, loaded, plain_state, plain_trunk

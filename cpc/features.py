@@ -6,13 +6,11 @@ remember them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,117 +19,11 @@ from contrastive_core.heads import ProjectionHead
 from contrastive_core.methods.classifier import Classifier
 from cpc.context import ContextNetwork, Contexts
 from cpc.encoder_card import LARGEST_DEPTH, MISFITS, build_encoder, check_bounds, parts_of, read_card
-from cpc.patches import extract_patches, grid_side
-from cpc.views import normalise
+from cpc.frozen_encoder import FrozenEncoder, as_normalised
+from cpc.grid_classifier import GridClassifier
+from cpc.latent_classifier import LatentClassifier
 
 Built = TypeVar("Built", bound=nn.Module)
-
-READOUTS = ("mean", "grid", "context")
-MODES = ("patches", "image")
-
-
-class FrozenEncoder(nn.Module):
-    """Features of images `b 3 h w` in [0, 1]; another size is resized on its short side and cropped at the centre.
-
-    Args:
-        encoder: as pre-training left it.
-        image_size: pixels a side that it is fed.
-        load_size: pixels that the short side of another image is resized to before the crop, so that things are as
-            large as they were in training; where that is less than image_size, whose views were enlarged in training,
-            the image is, too. None = image_size.
-        patch_size, stride: the grid it was trained on; None for an encoder of whole images.
-        mean, std: normalisation.
-        mode: "patches" encodes every patch of the grid; "image" runs the encoder over the whole image.
-        readout: "mean" gives `b d`, "grid" gives `b rows cols d` (patch grid, or the encoder's feature map), "context"
-            the patch grid with its n contexts, `b rows cols (1 + n) d` (`cpc.context.Contexts`).
-        context: the context networks, of an encoder of patches that has them.
-
-    `readout` and `mode` are plain attributes and may be changed at any time.
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        *,
-        image_size: int,
-        load_size: int | None = None,
-        mean: Sequence[float],
-        std: Sequence[float],
-        patch_size: int | None = None,
-        stride: int | None = None,
-        mode: str | None = None,
-        readout: str = "mean",
-        context: Contexts | None = None,
-    ) -> None:
-        super().__init__()
-        self.encoder, self.context = encoder, context
-        self.dim: int = encoder.dim  # type: ignore[assignment]  # nn.Module types attributes as Tensor | Module
-        self.image_size, self.patch_size, self.stride = image_size, patch_size, stride
-        self.load_size = load_size or image_size
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.mode = mode or ("patches" if patch_size else "image")
-        self.readout = readout
-        self._learns = [name for name, weight in self.named_parameters() if weight.requires_grad]
-
-    def thawed(self) -> FrozenEncoder:
-        """A copy that learns, but for what is fixed as it is built: the patch projection of MoCo's ViT."""
-        copied = copy.deepcopy(self)
-        for name in self._learns:
-            copied.get_parameter(name).requires_grad_(True)
-        return copied
-
-    @property
-    def batch_size(self) -> int:
-        """Images at a time for feature extraction: about 2,300 patches, which ResNet-161 encodes in 2 GiB."""
-        if not self.patch_size:
-            return 64
-        return max(1, 2304 // grid_side(self.image_size, self.patch_size, self.stride or 1) ** 2)
-
-    @property
-    def grid_dim(self) -> int:
-        """The width of a grid's cells, as the readout stands."""
-        if self.readout == "context" and isinstance(self.context, Contexts):
-            return self.context.dim
-        return self.dim
-
-    def forward(self, images: Tensor) -> Tensor:
-        self._check(images)
-        images = normalise(self._fit(images), self.mean, self.std)
-        images = images.to(next(self.encoder.parameters(), images).dtype)
-        if self.mode == "patches":
-            patches = extract_patches(images, self.patch_size or 0, self.stride or 0)
-            features = self.encoder(rearrange(patches, "b rows cols c ph pw -> (b rows cols) c ph pw"))
-            grid = rearrange(features, "(b rows cols) d -> b rows cols d", rows=patches.shape[1], cols=patches.shape[2])
-            if self.readout == "context":
-                contexts: Tensor = self.context(grid)  # type: ignore[misc]  # checked
-                return contexts
-            return grid if self.readout == "grid" else grid.mean((1, 2))
-        if self.readout == "grid":
-            return rearrange(self.encoder.feature_map(images), "b d rows cols -> b rows cols d")  # type: ignore[operator]
-        whole: Tensor = self.encoder(images)
-        return whole
-
-    def _check(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"images have shape {tuple(images.shape)} and dtype {images.dtype}: pass floats b 3 h w in [0, 1]"
-            )
-        if self.mode not in MODES or self.readout not in READOUTS:
-            raise ValueError(f"mode={self.mode!r}, readout={self.readout!r}: pass one of {MODES} and one of {READOUTS}")
-        if self.mode == "patches" and not self.patch_size:
-            raise ValueError('this encoder was trained on whole images and has no patch grid: pass mode="image"')
-        if self.readout == "context" and (self.context is None or self.mode != "patches"):
-            raise ValueError('readout="context" wants the context networks of a CPC run and its patches: pass "grid"')
-
-    def _fit(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] == (self.image_size, self.image_size):
-            return images
-        from torchvision.transforms.v2 import functional as vision  # not with `import cpc`: half a second
-
-        short = max(self.load_size, self.image_size)  # of less center_crop would make a picture in a black frame
-        if min(images.shape[-2:]) != short:
-            images = vision.resize(images, [short], antialias=True).clamp(0, 1)
-        return vision.center_crop(images, [self.image_size, self.image_size])
 
 
 def load_encoder(
@@ -284,10 +176,10 @@ def load_contexts(path: str | Path) -> Contexts:
     return Contexts(networks, card["context"]["context_of"])
 
 
-def read_classifier(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
+def read_classifier(path: str | Path) -> tuple[Classifier | GridClassifier, dict[str, Any]]:
     """The bare classifier of a fine-tuned or distilled run, as trainable as it was built, and the run's card.
 
-    Raises ValueError for a run that has none, else as `load_encoder`.
+    It takes normalised images. Raises ValueError for a run that has none, else as `load_encoder`.
     """
     weights, card = read_card(path)
     described = card.get("classifier")
@@ -296,12 +188,18 @@ def read_classifier(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
             f"the run in {weights.parent} has no classifier ({card.get('method')}): pass a fine-tuned one's folder"
         )
     encoder, card = read_encoder(path)
+    contexts = load_contexts(path) if "grid" in described and card.get("context") else None
     weights = weights.with_name("classifier.safetensors")
 
     def stored(classifier: nn.Module) -> nn.Module:
         return parts_of(classifier)["classifier"]
 
-    classifier = _built_to_fit(lambda: _build_classifier(encoder, described), weights, "classifier", stored)
+    def built() -> Classifier | GridClassifier:
+        if "grid" in described:
+            return _build_grid_classifier(encoder, contexts, card["input"], described)
+        return _build_classifier(encoder, described)
+
+    classifier = _built_to_fit(built, weights, "classifier", stored)
     _load_weights_(stored(classifier), weights, "classifier")
     return classifier, card
 
@@ -310,6 +208,20 @@ def _build_classifier(encoder: nn.Module, described: dict[str, Any]) -> Classifi
     try:
         kept = _build_head(described["head"]).upto(described["head_layer"]) if described["head"] else None
         return Classifier(encoder, classes=len(described["class_names"]), head=kept)
+    except MISFITS as error:
+        raise ValueError(f"encoder.json describes a classifier that cannot be built: {error!r}") from error
+
+
+def _build_grid_classifier(
+    encoder: nn.Module, contexts: Contexts | None, fed: dict[str, Any], described: dict[str, Any]
+) -> GridClassifier:
+    try:
+        grid = described["grid"]
+        check_bounds(grid["arguments"])
+        if grid["arguments"]["classes"] != len(described["class_names"]):
+            raise ValueError(f"{grid['arguments']['classes']} classes with {len(described['class_names'])} names")
+        latents = FrozenEncoder(encoder, **as_normalised(fed), readout=grid["readout"], context=contexts)
+        return GridClassifier(latents, LatentClassifier(**grid["arguments"]))
     except MISFITS as error:
         raise ValueError(f"encoder.json describes a classifier that cannot be built: {error!r}") from error
 
@@ -332,15 +244,22 @@ class FrozenClassifier(nn.Module):
     """Logits of images `b 3 h w` in [0, 1]; another size is resized and cropped as `FrozenEncoder` does.
 
     Args:
-        classifier: of whole images.
-        fed: what a card calls `input`: image_size, mean, std and perhaps load_size.
+        classifier: of normalised images.
+        fed: what a card calls `input`: image_size, mean, std and perhaps load_size, patch_size and stride.
         class_names: a name a class.
     """
 
-    def __init__(self, classifier: Classifier, fed: dict[str, Any], class_names: Sequence[str]) -> None:
+    def __init__(
+        self, classifier: Classifier | GridClassifier, fed: dict[str, Any], class_names: Sequence[str]
+    ) -> None:
         super().__init__()
-        self.encoder = FrozenEncoder(classifier.encoder, **fed, mode="image")
-        self.head, self.classifier = classifier.head, classifier.classifier
+        self.head: nn.Module = nn.Identity()
+        if isinstance(classifier, GridClassifier):
+            latents = classifier.latents
+            self.encoder = FrozenEncoder(latents.encoder, **fed, readout=latents.readout, context=latents.context)
+        else:
+            self.encoder, self.head = FrozenEncoder(classifier.encoder, **fed, mode="image"), classifier.head
+        self.classifier = classifier.classifier
         self.class_names = tuple(class_names)
 
     def forward(self, images: Tensor) -> Tensor:

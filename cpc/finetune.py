@@ -2,7 +2,12 @@
 
 SimCLRv2's second step (Chen et al. 2020b, section 2), for any run: a classifier on its encoder, and where asked for on
 the first layers of its projection head, both trained on with the labels of a few training images. With run=null the
-same from scratch, which is the baseline. Test images are looked at once, at the end.
+same from scratch, which is the baseline.
+
+protocol=cpc_v2 is CPC v2's (Henaff et al. 2020, A.4): a `LatentClassifier` on the grid of latents, first with the
+encoder frozen, then both together. The first phase is a run of its own, in a folder within the second's.
+
+Test images are looked at once, at the end.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ from cpc.features import FrozenClassifier, load_classifier, load_head, read_enco
 from cpc.foreign import check_plain, run_config, run_data
 from cpc.pretrain import PretrainSchema, encoder_card
 from cpc.run import Pieces, check_recipe, train_run
+from cpc.two_phases import build_grid_classifier, settle_grid_, two_phases
 
 LARGEST_CONFUSION = 100
 """Classes up to which the confusion matrix is written down."""
@@ -58,6 +64,7 @@ class FinetuneSchema(PretrainSchema):
     head_layer: int
     frozen: bool
     label_smoothing: float
+    grid: Any = None
     encoder: Any = None
     data: Any = None
     augmentation: dict[str, Any] = field(default_factory=lambda: {"crop": None, "flip": None})
@@ -202,8 +209,11 @@ def write_tests(cfg: DictConfig, run_dir: Path, runs: dict[str, Path], images: I
     classifiers = {name: load_classifier(folder) for name, folder in runs.items()}
     tables = {name: confusion(each, images, accelerator, **options) for name, each in classifiers.items()}
     if accelerator.is_main_process:
+        read = {
+            name: {"mode": each.encoder.mode, "readout": each.encoder.readout} for name, each in classifiers.items()
+        }
         rows = [
-            {"encoder": name, "mode": "image", "readout": "mean", "probe": "classifier", "accuracy": accuracy_of(table)}
+            {"encoder": name, **read[name], "probe": "classifier", "accuracy": accuracy_of(table)}
             for name, table in tables.items()
         ]
         record: dict[str, Any] = {"run": str(run_dir), "torch": torch.__version__}
@@ -225,7 +235,7 @@ def write_tests(cfg: DictConfig, run_dir: Path, runs: dict[str, Path], images: I
 
 
 def settle_(cfg: DictConfig) -> None:
-    """Fill in what the run decides, and check what needs no data. A later protocol of more phases begins here too."""
+    """Fill in what the run decides, and check what needs no data."""
     if OmegaConf.is_missing(cfg, "run"):
         raise ValueError("not given: run; pass run=DIR, a finished run's folder, or run=null to train from scratch")
     check_which_labels(cfg)
@@ -234,13 +244,20 @@ def settle_(cfg: DictConfig) -> None:
             raise ValueError("run=null trains from scratch: pass encoder=NAME and data=NAME, or run=DIR")
         if cfg.head_layer != 0:
             raise ValueError(f"head_layer={cfg.head_layer} with run=null, which has no head: pass head_layer=0")
+        if cfg.grid is not None:
+            raise ValueError("protocol=cpc_v2 goes on from a run: pass run=DIR (from scratch: tools/sweep_labels.py)")
     else:
         if cfg.encoder is not None:
             raise ValueError("the encoder is that of run=DIR: leave encoder=NAME out, or pass run=null")
         cfg.encoder = architecture_node(read_card(cfg.run)[1])
         take_over_(cfg, cfg.run)
+    if cfg.grid is not None:
+        settle_grid_(cfg)
     check_recipe(cfg)
-    build_classifier(cfg, 2)  # a head without such a layer, or another's weights
+    if cfg.grid is not None:
+        build_grid_classifier(cfg, 2)
+    else:
+        build_classifier(cfg, 2)  # a head without such a layer, or another's weights
 
 
 def build_classifier(cfg: DictConfig, classes: int) -> tuple[Classifier, dict[str, Any] | None]:
@@ -276,15 +293,21 @@ def finetune(cfg: DictConfig) -> Path:
     split = chosen_labels(cfg, splits.train)
     few, test = splits.train.subset(split.indices), labelled_test(splits, splits.train.classes)
     cfg.batch_size = fitting_batch(cfg, len(few))
+    runs = two_phases(cfg, few) if cfg.grid is not None else one_phase(cfg, few)
+    run_dir = next(iter(runs.values()))
+    write_tests(cfg, run_dir, runs, test, split)
+    return run_dir
+
+
+def one_phase(cfg: DictConfig, few: ImageDataset) -> dict[str, Path]:
+    """SimCLRv2's: everything together, or with frozen=true the classifier alone. Returns the run's folder."""
 
     def pieces() -> Pieces:
         method, head = build_classifier(cfg, few.classes)
         card = encoder_card(cfg, method) | classifier_card(few.class_names, head, cfg.head_layer)
         return Pieces(method, build(cfg.views), few, card)
 
-    run_dir = train_run(cfg, pieces)
-    write_tests(cfg, run_dir, {"fine-tuned" if cfg.run else "from scratch": run_dir}, test, split)
-    return run_dir
+    return {"fine-tuned" if cfg.run else "from scratch": train_run(cfg, pieces)}
 
 
 # ---- what the command line says ----

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from cpc.features import FrozenEncoder
+from cpc.frozen_encoder import FrozenEncoder
 
 _EXTRA = 'pip install "cpc-images[export]"'
 

@@ -22,7 +22,8 @@ from torch import nn
 from contrastive_core.checkpoint import export_encoder
 from cpc.context import Contexts
 from cpc.encoder_card import read_card
-from cpc.features import FrozenEncoder, load_contexts, read_encoder
+from cpc.features import load_contexts, read_encoder
+from cpc.frozen_encoder import FrozenEncoder
 from cpc.model_card import about_run, model_card
 
 FILES = ("encoder.json", "encoder.safetensors", "context.safetensors")

@@ -29,7 +29,8 @@ from contrastive_core.data import (
     split_digest,
 )
 from cpc.encoder_card import read_card
-from cpc.features import FrozenEncoder, load_encoder, untrained_encoder
+from cpc.features import load_encoder, untrained_encoder
+from cpc.frozen_encoder import FrozenEncoder
 from cpc.label_curves import SCRATCH
 from cpc.label_protocols import Both, FeatureTable, Length, Training
 from cpc.latent_classifier import LatentClassifier

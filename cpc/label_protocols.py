@@ -32,7 +32,7 @@ from contrastive_core.evaluate.knn import knn_predictions
 from contrastive_core.evaluate.linear import linear_probe
 from contrastive_core.evaluate.selection import Rows
 from contrastive_core.optim import Together, parameter_groups
-from cpc.features import FrozenEncoder
+from cpc.frozen_encoder import FrozenEncoder
 from cpc.label_networks import (
     AsTheyAre,
     classes_of,

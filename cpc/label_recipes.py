@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from contrastive_core.evaluate.selection import LabelProtocol, Rows, choose_setting
 from contrastive_core.methods.classifier import Classifier
 from cpc.encoder_card import build_encoder, read_card
-from cpc.features import FrozenClassifier, FrozenEncoder, build_contexts, load_head, read_encoder
+from cpc.features import FrozenClassifier, build_contexts, load_head, read_encoder
+from cpc.frozen_encoder import FrozenEncoder
 from cpc.label_bench import Arm, Bench, Cell
 from cpc.label_protocols import (
     FinetuneProtocol,

@@ -8,6 +8,7 @@ bottleneck=1024)`: 11 blocks of three convolutions.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class LatentClassifier(nn.Module):
         dropout: probability of dropping a number of the mean, 0..1.
         norm: of the blocks, as `cpc.encoders.normalisation`; the paper's is not known.
 
-    The linear layer starts at zero, so that the first prediction is uniform.
+    The linear layer starts at zero, so that the first prediction is uniform. `arguments` are those it was built with:
+    `LatentClassifier(**classifier.arguments)` is another of its kind.
 
     Raises ValueError for fewer than two classes, and latents that are no grid of this dimension.
 
@@ -51,6 +53,8 @@ class LatentClassifier(nn.Module):
             raise ValueError(f"{classes} classes, blocks={blocks}: pass at least 2 classes, and blocks from 0")
         channels = [dim, *[width] * blocks]
         self.dim = dim
+        shape = {"blocks": blocks, "width": width, "bottleneck": bottleneck}
+        self.arguments: dict[str, Any] = {"dim": dim, "classes": classes, **shape, "dropout": dropout, "norm": norm}
         self.blocks = nn.Sequential(
             *(
                 ResidualBlock(inner, outer, stride=1, bottleneck=bottleneck, norm=norm)

@@ -36,7 +36,7 @@ from contrastive_core.trackers import check_trackers
 from contrastive_core.training import StepResult, train_steps
 from cpc.encoder_card import parts_card, parts_of
 from cpc.entry import build, build_schedule, check_complete, run_name, start_accelerator
-from cpc.features import FrozenEncoder
+from cpc.frozen_encoder import FrozenEncoder
 from cpc.interruption import Stopped, StopRequest
 from cpc.run_folder import check_folder, checkpoint_to_resume, choose_run_dir, claimed, saved_checkpoints
 from cpc.run_watch import OnlineProbe, RunWatch, has_row
@@ -45,12 +45,16 @@ logger = logging.getLogger(__name__)
 
 
 class Pieces(NamedTuple):
-    """What a run trains: the method, the views it sees, the images, and what its encoder's card says."""
+    """What a run trains: the method, the views it sees, the images, and what its encoder's card says.
+
+    optimizer: of the method's parameters as they are when it is called; None = one for all, the recipe's.
+    """
 
     method: Method
     views: nn.Module
     dataset: ImageDataset
     card: dict[str, Any]
+    optimizer: Callable[[Method], Optimizer] | None = None
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -222,20 +226,22 @@ class Trained(NamedTuple):
             take_part(self.modules, self.optimizer)
 
 
-def made_ready(cfg: DictConfig, method: Method, accelerator: Accelerator) -> Trained:
+def made_ready(
+    cfg: DictConfig, method: Method, accelerator: Accelerator, optimizer_of: Callable[[Method], Optimizer]
+) -> Trained:
     """Make the optimizer, and have accelerate wrap both; with `shard=true` split them over the processes instead."""
     device = accelerator.device
     averaged = None if cfg.averaging is None else copy.deepcopy(method).requires_grad_(False).to(device)
     modules: dict[str, nn.Module] = {"method": method, **({} if averaged is None else {"averaged": averaged})}
     shown = method if averaged is None else averaged
     if not (cfg.shard and accelerator.num_processes > 1):
-        optimizer = made_optimizer(cfg, method)
+        optimizer = optimizer_of(method)
         prepared, prepared_optimizer = accelerator.prepare(method, optimizer)
         return Trained(modules, optimizer, prepared, prepared_optimizer, shown, split=False)
     shown = copy.deepcopy(shown).to(device if accelerator.is_main_process else "cpu")
     for module in modules.values():
         shard_(module.to(device), device)
-    optimizer = made_optimizer(cfg, method)  # of the parts
+    optimizer = optimizer_of(method)  # of the parts
     prepared = accelerator.prepare_model(method, evaluation_mode=True)  # precision alone, no DistributedDataParallel
     return Trained(modules, optimizer, prepared, accelerator.prepare_optimizer(optimizer), shown, split=True)
 
@@ -332,7 +338,8 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
     check_shares(cfg.batch_size, accelerator.num_processes, cfg.accumulate)
     torch.manual_seed(cfg.seed)
     parts = pieces()
-    trained = made_ready(cfg, fitted(cfg, parts.method, accelerator), accelerator)
+    optimizer_of = parts.optimizer or partial(made_optimizer, cfg)
+    trained = made_ready(cfg, fitted(cfg, parts.method, accelerator), accelerator, optimizer_of)
     images = images_of(parts.dataset, accelerator)
     start = resume_(checkpoint, trained.modules, trained.optimizer, accelerator, images)
     rows = partial(has_row, every=cfg.log_every, steps=cfg.steps)

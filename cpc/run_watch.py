@@ -17,7 +17,7 @@ from contrastive_core.evaluate.knn import knn_accuracy
 from contrastive_core.metrics import collapsed
 from contrastive_core.run_log import RunLog
 from contrastive_core.training import StepResult
-from cpc.features import FrozenEncoder
+from cpc.frozen_encoder import FrozenEncoder
 
 
 def probe_sets(dataset: ImageDataset, count: int) -> tuple[ImageDataset, ImageDataset] | None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from contrastive_core.data.images import UndecodableImage, decode_square
 from contrastive_core.evaluate.features import pool_grid
-from cpc.features import READOUTS, FrozenEncoder, load_encoder
+from cpc.features import load_encoder
+from cpc.frozen_encoder import READOUTS, FrozenEncoder
 
 Images = np.ndarray | Sequence[Image.Image | str | Path]
 """`n h w 3` uint8, `n 3 h w` floats in [0, 1], or a list of PIL images and paths of files, of any sizes."""

@@ -30,9 +30,9 @@ from contrastive_core.reading import read_json
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete, build, check_complete, command, start_accelerator, wants_traceback
 from cpc.evaluate import labelled
-from cpc.features import MODES
 from cpc.finetune import run_augmentation
 from cpc.foreign import run_config, run_data
+from cpc.frozen_encoder import MODES
 from cpc.label_bench import Arm, Bench, Cell, Plan, choices_of, run_fingerprint, usable
 from cpc.label_cells import CellFolder
 from cpc.label_costs import duration, planned_seconds

@@ -476,6 +476,7 @@ def test_every_yaml_belongs_to_a_group_that_is_tested_here():
         "loss",
         "method",
         "optimizer",
+        "protocol",  # tests/test_two_phases.py
         "recipe",
         "scale",
         "views",

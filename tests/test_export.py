@@ -22,7 +22,7 @@ import cpc
 import cpc.export
 from cpc.encoders import resnet_small
 from cpc.export import difference, export_run
-from cpc.features import FrozenEncoder
+from cpc.frozen_encoder import FrozenEncoder
 from cpc.graphs import check_plain_graph, exported_program, load_onnx, load_program
 from cpc.views import normalise
 

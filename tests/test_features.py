@@ -13,7 +13,8 @@ from contrastive_core.encoders import MoCoViT, TorchvisionTrunk
 from cpc.context import ContextNetwork
 from cpc.encoder_card import build_encoder, constructors, parts_card, parts_of
 from cpc.encoders import resnet_small
-from cpc.features import FrozenEncoder, load_encoder, untrained_encoder
+from cpc.features import load_encoder, untrained_encoder
+from cpc.frozen_encoder import FrozenEncoder
 from cpc.method import CPC
 from cpc.patches import extract_patches
 from cpc.views import normalise

@@ -28,6 +28,7 @@ from conftest import CHECKOUT, free_port
 import cpc.run
 from contrastive_core import checkpoint
 from cpc.configs import config_folder
+from cpc.finetune import finetune
 from cpc.pretrain import pretrain
 
 TINY = ["batch_size=8", "encoder.width=4", "method.context.width=8", "method.context.layers=1", "probe_every=7"]
@@ -35,9 +36,10 @@ TINY += ["log_every=1", "save_every=3", "threads=1", "steps=12", "averaging=0.9"
 
 
 def tool_run(name: str, *overrides: str) -> Path:
-    """What tools/NAME.py, pretrain or pretrain_cpc, does with these arguments."""
+    """What tools/NAME.py, pretrain, pretrain_cpc or finetune, does with these arguments."""
     with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
-        return pretrain(hydra.compose(name, list(overrides)))
+        job = finetune if name == "finetune" else pretrain
+        return job(hydra.compose(name, list(overrides)))
 
 
 def tiny_run(folder: Path, *overrides: str) -> Path:

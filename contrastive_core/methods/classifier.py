@@ -66,6 +66,11 @@ class Classifier(Method):
             self.head.eval()
         return self
 
+    @property
+    def classes(self) -> int:
+        """How many it tells apart."""
+        return self.classifier.out_features
+
     def logits(self, images: Tensor) -> Tensor:
         """`b c h w` -> `b classes`."""
         logits: Tensor = self.classifier(self.head(self.encoder(images)))
@@ -75,8 +80,7 @@ class Classifier(Method):
         """Cross-entropy over the images of all processes that have a label, for each micro-batch by itself."""
         features = self.encoder(one(batch.views))
         logits = self.classifier(self.head(features))
-        metrics = {"accuracy": accuracy(logits, batch.labels), "feature_std": feature_std(features)}
-        metrics["chance_loss"] = torch.tensor(float(logits.shape[1])).log()
+        metrics = label_metrics(logits, batch.labels) | {"feature_std": feature_std(features)}
         return label_loss(logits, batch.labels, self.label_smoothing), metrics
 
 
@@ -95,6 +99,12 @@ def label_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor
         return losses.sum()  # zeros, with a graph: every process goes backward
     # DDP averages over the processes, whose numbers of labelled images differ
     return losses.sum() * (len(counts) / sum(counts))
+
+
+def label_metrics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What a log shows of `label_loss`: `accuracy`, and `chance_loss`, log classes, which flat logits have."""
+    chance = torch.tensor(float(logits.shape[1])).log()
+    return {"accuracy": accuracy(logits, labels), "chance_loss": chance}
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ Differs from the paper: both sums are means, over the labelled images and over a
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -19,23 +21,38 @@ from contrastive_core.methods.classifier import Classifier, accuracy, label_loss
 from contrastive_core.methods.two_views import one
 
 
+class Teacher(Protocol):
+    """What is learned from: a `Classifier`, or any other module that classifies the same views."""
+
+    @property
+    def classes(self) -> int:
+        """How many it tells apart."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        """A view `b c h w` -> `b classes`."""
+
+    def eval(self) -> Any:
+        """As `nn.Module.eval`."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As `nn.Module.requires_grad_`."""
+
+
 class Distill(Method):
     """A student classifier follows a frozen teacher, on images with or without labels.
 
     Args:
         student: a `Classifier`; its encoder is what is kept.
-        teacher: a fine-tuned `Classifier` of as many classes; it gets no gradient and stays in eval mode.
+        teacher: a fine-tuned classifier of as many classes; it gets no gradient and stays in eval mode.
         temperature: T.
         weight: a, of the teacher's predictions against the labels; 1 = labels are never looked at.
 
     Raises ValueError for a weight outside 0..1 or another number of classes.
     """
 
-    def __init__(
-        self, student: Classifier, teacher: Classifier, *, temperature: float = 1.0, weight: float = 1.0
-    ) -> None:
+    def __init__(self, student: Classifier, teacher: Teacher, *, temperature: float = 1.0, weight: float = 1.0) -> None:
         super().__init__()
-        mine, theirs = student.classifier.out_features, teacher.classifier.out_features
+        mine, theirs = student.classes, teacher.classes
         if mine != theirs or not 0 <= weight <= 1:
             raise ValueError(
                 f"a student of {mine} and a teacher of {theirs} classes, weight={weight}: pass as many, and 0 to 1"
