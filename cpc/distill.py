@@ -19,7 +19,7 @@ from contrastive_core.data import ImageDataset, LabelSplit, Splits, only_labelle
 from contrastive_core.methods.classifier import Classifier
 from contrastive_core.methods.distill import Distill
 from cpc.encoder_card import classifier_card, read_card
-from cpc.entry import build, command
+from cpc.entry import build, command, warn_of_unread_keys
 from cpc.features import read_classifier, read_encoder
 from cpc.finetune import (
     WHICH_LABELS,
@@ -140,6 +140,7 @@ def distill(cfg: DictConfig) -> Path:
 def _from_the_command_line(cfg: DictConfig) -> Path:
     refuse_what_a_run_decides(None if OmegaConf.is_missing(cfg, "teacher") else cfg.teacher)
     let_classifier_decay_(cfg, overrides())
+    warn_of_unread_keys(cfg)
     return distill(cfg)
 
 

@@ -6,7 +6,7 @@ import fcntl
 import random
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,25 @@ def check_no_file(folder: Path, key: str) -> None:
         raise NotADirectoryError(f"{key}={folder}: {there} is a file, pass another folder")
 
 
-def check_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None:
+def may_change(key: str) -> bool:
+    """Whether a key, or a step's own (`pretrain.save_every` of tools/simclr_v2.py), changes nothing that is learned."""
+    first, _, rest = key.partition(".")
+    return (
+        first in MAY_CHANGE
+        or key == "data.index"
+        or (first in ("pretrain", "finetune", "distill") and rest in MAY_CHANGE)
+    )
+
+
+def check_folder(
+    run_dir: Path, config: dict[str, Any], *, resume: bool, may_differ: Callable[[str], bool] = may_change
+) -> None:
     """See that a run with this configuration may be at work in `run_dir`. Writes nothing.
 
+    may_differ: whether a key, by its dotted name, may be another than the run's so far.
+
     Raises FileExistsError for a folder that holds a run unless `resume`, or what is left of one; NotADirectoryError
-    where a file is in its way, ValueError when `config` differs from the run's in a key that may not change.
+    where a file is in its way, ValueError when `config` differs from the run's in a key that may not differ.
     """
     check_no_file(run_dir, "run_dir")
     written = run_dir / "config.yaml"
@@ -87,7 +101,7 @@ def check_folder(run_dir: Path, config: dict[str, Any], *, resume: bool) -> None
     before = read_yaml(written)
     if not isinstance(before, dict):
         raise ValueError(f"{written} is not a run's configuration: it holds no keys")
-    changed = [key for key in differing_keys(before, config) if not _may_change(key)]
+    changed = [key for key in differing_keys(before, config) if not may_differ(key)]
     if changed:
         raise ValueError(
             f"{run_dir} was run with other settings of {', '.join(changed)}: use its own, or a new run_dir"
@@ -117,33 +131,30 @@ def checkpoint_to_resume(run_dir: Path, accelerator: Accelerator) -> Path | None
     return found[0]
 
 
-def _may_change(key: str) -> bool:
-    """Whether a key, or a step's own (`pretrain.save_every` of tools/simclr_v2.py), changes nothing that is learned."""
-    first, _, rest = key.partition(".")
-    return (
-        first in MAY_CHANGE
-        or key == "data.index"
-        or (first in ("pretrain", "finetune", "distill") and rest in MAY_CHANGE)
-    )
-
-
 @contextmanager
 def claimed(
-    run_dir: Path, config: dict[str, Any], accelerator: Accelerator, *, resume: bool, saved: list[str]
+    run_dir: Path,
+    config: dict[str, Any],
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    saved: list[str],
+    may_differ: Callable[[str], bool] = may_change,
 ) -> Iterator[None]:
     """Write `config.yaml` if there is none, and keep every other run out of the folder until the end.
 
-    saved: what `saved_checkpoints` said before one of them was read.
+    saved: what `saved_checkpoints` said before one of them was read. may_differ: as `check_folder`'s; with another
+    than its own the file is written anew.
 
     Raises FileExistsError where another run is at work in the folder, or was since one looked.
     """
     accelerator.wait_for_everyone()  # all have looked before the main process writes
     with _locked(run_dir) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
-            check_folder(run_dir, config, resume=resume)
+            check_folder(run_dir, config, resume=resume, may_differ=may_differ)
             if saved_checkpoints(run_dir) != saved:  # to go on from an older one would undo what that run has done
                 raise FileExistsError(f"another run went on in {run_dir} meanwhile: start this one again")
-            if not (run_dir / "config.yaml").is_file():
+            if not (run_dir / "config.yaml").is_file() or may_differ is not may_change:
                 with replacing(run_dir / "config.yaml") as partial:
                     partial.write_text(yaml.safe_dump(config, sort_keys=False))
         yield

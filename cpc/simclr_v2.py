@@ -38,11 +38,11 @@ from cpc.finetune import (
 )
 from cpc.pretrain import build_method, pretrain
 from cpc.run import check_numbers
-from cpc.run_folder import check_folder, claimed
+from cpc.run_folder import check_folder, claimed, may_change
 
 TOOLS = ("pretrain", "finetune", "distill")
-SHARED = ("seed", "precision", "device", "workers", "threads")
-OF_THE_PROCESS = ("precision", "device", "threads")
+SHARED = ("seed", "precision", "device", "workers", "threads", "timeout")
+OF_THE_PROCESS = ("precision", "device", "threads", "timeout")
 """What accelerate fixes for as long as a process lives, and so for all steps."""
 
 
@@ -62,6 +62,7 @@ class SimCLRv2Schema:
     device: str | None
     workers: int
     threads: int | None
+    timeout: float
     encoder: Any
     data: Any
     pretrain: Any = field(default_factory=dict)
@@ -171,6 +172,19 @@ def steps_of(cfg: DictConfig, choices: Mapping[str, str]) -> list[Step]:
     return steps
 
 
+def undecided_keys(out: Path) -> Callable[[str], bool]:
+    """Whether a key of a folder's command may still be another: nothing that has begun there depends on it."""
+    begun = {name for name in (*TOOLS, "supervised") if (out / name / "config.yaml").is_file()}
+    open_keys = {"supervised", *(set(TOOLS) - begun)}
+    if begun <= {"pretrain"}:
+        open_keys |= {*WHICH_LABELS, "label_seed"}
+
+    def may_differ(key: str) -> bool:
+        return not begun or key.partition(".")[0] in open_keys or may_change(key)
+
+    return may_differ
+
+
 # ---- what came out ----
 
 
@@ -210,6 +224,8 @@ def simclr_v2(cfg: DictConfig) -> Path:
     for tool in TOOLS:
         for name in set(cfg[tool]) & set(OF_THE_PROCESS):
             raise ValueError(f"{tool}.{name} is one for all steps: pass {name}={cfg[tool][name]}")
+        if cfg[tool].get("experiment"):  # which would lose its data and its encoder to those of all steps
+            raise ValueError(f"{tool}.experiment is a whole recipe: run tools/{tool}.py experiment=NAME by itself")
     steps = steps_of(cfg, HydraConfig.get().runtime.choices)
     first = steps[0].cfg
     check_complete(first)
@@ -229,12 +245,16 @@ def simclr_v2(cfg: DictConfig) -> Path:
     test = labelled_test(splits, splits.train.classes)
     fitting_batch(second, len(few))
 
-    accelerator = start_accelerator(precision=cfg.precision, device=cfg.device, threads=cfg.threads)
+    accelerator = start_accelerator(
+        precision=cfg.precision, device=cfg.device, threads=cfg.threads, timeout=cfg.timeout
+    )
     out, config = Path(cfg.out), OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(config, dict)
     del config["out"]  # however the folder is called from where one stands
-    check_folder(out, config, resume=True)  # type: ignore[arg-type]  # another command's folder is refused
-    with claimed(out, config, accelerator, resume=True, saved=[]):  # type: ignore[arg-type]
+    asked: dict[str, Any] = {str(key): value for key, value in config.items()}
+    may_differ = undecided_keys(out)
+    check_folder(out, asked, resume=True, may_differ=may_differ)  # another command's folder is refused
+    with claimed(out, asked, accelerator, resume=True, saved=[], may_differ=may_differ):
         for step in steps:
             if not (out / step.name / step.last_file).is_file():
                 step.job(step.cfg)

@@ -60,6 +60,8 @@ def unread_keys(configuration: Mapping[str, Any], overrides: Sequence[str]) -> l
     pass method.temperature"].
     """
     read = read_keys(configuration)
+    if not isinstance(configuration.get("temperature"), Mapping):  # distillation's own, a number, which it reads
+        read.add("temperature")
     given = {override: override.lstrip("+~").partition("=")[0] for override in overrides}
     return [
         f"{override} changes nothing in this recipe: {_instead(configuration, key.partition('.')[0], read)}"

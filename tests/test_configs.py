@@ -459,6 +459,14 @@ def test_keys_that_are_read_are_not_told(compose, given):
     assert unread(compose(*given.split(), name="pretrain"), given) == []
 
 
+def test_distillation_reads_a_temperature_of_its_own(compose):
+    import cpc.distill  # noqa: F401  # registers its schema
+
+    given = "teacher=x temperature=2 norm=layer"
+    lines = ["norm=layer changes nothing in this recipe: leave it out"]
+    assert unread(compose(*given.split(), name="distill"), given) == lines
+
+
 def test_what_the_command_line_gives_in_vain_is_said_at_once(call_tool, capfd):
     with pytest.raises(SystemExit):
         call_tool(main_of_any_method, "method=byol", "memory.queue=64", "steps=0")

@@ -293,6 +293,28 @@ def test_three_steps_in_one_command(all_steps, tmp_path, capsys):
     with pytest.raises(SystemExit):
         all_steps("out=all", "supervised=true", "labels=30", "pretrain.steps=3")
     assert "error: all was run with other settings of labels, pretrain.steps" in capsys.readouterr().err
+    shutil.rmtree(out / "distill")
+    all_steps("out=all", "supervised=true", "distill.steps=1")
+    assert yaml.safe_load((out / "config.yaml").read_text())["distill"]["steps"] == 1
+    assert yaml.safe_load((out / "distill" / "config.yaml").read_text())["steps"] == 1
+
+
+def test_a_command_is_corrected_in_the_folder_where_it_failed(all_steps, tmp_path, capsys, monkeypatch):
+    """What fails in fine-tuning leaves pre-training as it was, and the keys of later steps, and the labels, open."""
+    out = tmp_path / "all"
+    with monkeypatch.context() as patch:
+        patch.setattr(cpc.simclr_v2, "fitting_batch", lambda *_: 1)  # which tells of this before the first step
+        with pytest.raises(SystemExit):
+            all_steps("out=all", "finetune.accumulate=30")
+    assert "error: 20 labelled images for 30 processes and micro-batches" in capsys.readouterr().err
+    assert not (out / "finetune").exists()
+    before = written(out / "pretrain")
+    all_steps("out=all", "labels=40")
+    assert written(out / "pretrain") == before
+    assert json.loads((out / "summary.json").read_text())["train_labels"] == 40
+    with pytest.raises(SystemExit):
+        all_steps("out=all", "labels=20")
+    assert "error: all was run with other settings of labels" in capsys.readouterr().err
 
 
 def test_an_evaluation_of_a_step_does_not_take_the_place_of_its_test(all_steps, compose, tmp_path):
@@ -365,6 +387,11 @@ def test_steps_that_are_other_methods(all_steps, tmp_path):
         (["out=all", "data=parquet"], "error: not given: data.train"),
         (["out=all", "labells=20"], "Could not override 'labells'"),
         (["out=all", "finetune.precision=bf16"], "error: finetune.precision is one for all steps: pass precision=bf16"),
+        (["out=all", "pretrain.timeout=3"], "error: pretrain.timeout is one for all steps: pass timeout=3"),
+        (
+            ["out=all", "pretrain.experiment=cifar10_simclr"],
+            "error: pretrain.experiment is a whole recipe: run tools/pretrain.py experiment=NAME by itself",
+        ),
         (["out=all", "finetune.clip=-1"], "error: clip=-1.0: pass"),
         (["out=all", "distill.temperature=0"], "error: temperature=0: pass a number above 0"),
         (["out=all", "distill.labels=30"], "error: weight=1.0 looks at no label: leave fraction, labels"),
