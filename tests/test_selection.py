@@ -27,7 +27,9 @@ def labels_of(*counts: int) -> torch.Tensor:
     ("counts", "held"),
     [
         ((1, 1, 1), []),
-        ((1, 5), []),
+        ((1, 5), [2, 2, 1]),
+        ((1, 2, 1), [1, 1]),
+        ((1, 20), [4]),
         ((2, 2), [2, 2]),
         ((2, 9), [1 + 5, 1 + 4]),
         ((3, 3), [2, 2, 2]),
@@ -46,7 +48,14 @@ def test_how_labels_are_parted(counts, held):
     assert [len(part.held) for part in parts] == held
     for fit, out in parts:
         assert sorted([*fit.tolist(), *out.tolist()]) == list(range(len(labels)))
-        assert set(labels[fit].tolist()) == set(labels[out].tolist()) == set(range(len(counts)))
+        assert set(labels[fit].tolist()) == set(range(len(counts)))
+        assert set(labels[out].tolist()) == {label for label, count in enumerate(counts) if count > 1}
+
+
+def test_one_image_of_a_rare_class_does_not_keep_the_others_from_choosing():
+    labels = labels_of(1, 9, 9)
+    (alone,) = (labels == 0).nonzero().flatten().tolist()
+    assert all(alone in part.fit.tolist() for part in selection_parts(labels))
 
 
 @given(counts=st.lists(st.integers(2, 30), min_size=2, max_size=5), seed=st.integers(0, 9))

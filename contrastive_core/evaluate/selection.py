@@ -1,8 +1,8 @@
 """Choosing settings with few labels, and with nothing else: no test image and no other label has a say.
 
 The labels themselves are parted. From A_CLASS_FOR_A_PART labels a class up a fifth of them is held out once; with fewer
-every label is held out in turn (stratified folds); with one a class there is nothing to hold out, and the settings are
-to be fixed beforehand, on other data. Whatever is chosen is fitted again to all labels: those held out count as labels.
+every label is held out in turn (stratified folds). The only label of a class is never held out; where every class has
+but one there is nothing to judge by, and the settings are to be fixed beforehand, on other data. Whatever is chosen is fitted again to all labels: those held out count as labels.
 
 Settings are tried by successive halving (Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and
 Hyperparameter Optimization"): all of them for a small share of the steps, the better half for more.
@@ -38,14 +38,15 @@ class Part(NamedTuple):
 
 
 def selection_parts(labels: Tensor, *, seed: int = 0, ids: Tensor | None = None) -> list[Part]:
-    """How few labels are parted for choosing settings: one part, folds, or nothing where a class has one label.
+    """How few labels are parted for choosing settings: one part, folds, or nothing where each class has one label.
 
     Args:
         labels: `n` int64 from 0, of the images that may be used.
         seed: of the parting; it has no part in which labels these are.
         ids: `n` int64, the images' identities (`contrastive_core.data.sample_ids`); None = their places.
 
-    Every part holds every class on both sides. The rarest class decides which of the three it is.
+    Every part holds every class of several labels on both sides, of which the rarest decides between a part and folds;
+    the only label of a class is always among those to fit.
 
     Raises ValueError for labels of another shape, none, or one below 0.
 
@@ -53,14 +54,16 @@ def selection_parts(labels: Tensor, *, seed: int = 0, ids: Tensor | None = None)
     """
     if labels.dim() != 1 or not len(labels) or labels.is_floating_point() or int(labels.min()) < 0:
         raise ValueError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}: pass `n` integers from 0")
-    rarest = int(labels.unique(return_counts=True)[1].min())
-    if rarest == 1:
+    of_its_class = labels.bincount()[labels]
+    several = of_its_class > 1
+    if not several.any():
         return []
+    rarest = int(of_its_class[several].min())
     rank = _rank_in_class(labels, seed, ids)
     if rarest >= A_CLASS_FOR_A_PART:
-        return [_part(rank % HELD_OUT == 0)]
+        return [_part(several & (rank % HELD_OUT == 0))]
     folds = min(FOLDS, rarest)
-    return [_part(rank % folds == fold) for fold in range(folds)]
+    return [_part(several & (rank % folds == fold)) for fold in range(folds)]
 
 
 def _rank_in_class(labels: Tensor, seed: int, ids: Tensor | None) -> Tensor:
@@ -142,7 +145,7 @@ def choose_setting(
         seed: of the parting, and of every trial.
         ids: `n` int64, the images' identities; None = their indices.
 
-    With one label of some class there is nothing to judge by: the first setting, which was fixed beforehand. A setting
+    With one label of every class there is nothing to judge by: the first setting, which was fixed beforehand. A setting
     whose training diverges (FloatingPointError) is worst.
 
     Example: of one setting, that one, without a trial.
@@ -170,7 +173,7 @@ def choose_setting(
 def whole_trials(settings: int, folds: int, shares: Sequence[float] = SHARES) -> float:
     """How many whole trainings `choose_setting` and the last fit to all labels take.
 
-    Args: `settings`: how many; `folds`: 1 for one held-out part, 0 for one label a class.
+    Args: `settings`: how many; `folds`: 1 for one held-out part, 0 where every class has one label.
 
     Example: one setting takes 1; two settings judged in three folds take 7.
     """
