@@ -68,13 +68,13 @@ ONE_SETTING = [
 # steps than both phases of fine-tuning together, ten times as many by default: benchmarks/notes.md.
 STUDIES = {
     "digits": Study(
-        runs={f"cpc-{seed}": [*CPC_RUN, "steps=20000", f"seed={seed}"] for seed in range(3)},
+        runs={f"cpc-{seed}": [*CPC_RUN, "steps=20000", "optimizer.lr=1e-3", f"seed={seed}"] for seed in range(3)},
         # Both sides gain from many steps, 40 labels, held-out training images: the CNN 0.865, 0.897 and 0.911 in 400,
         # 1,600 and 4,000, and 0.917 at this learning rate; CPC 0.961 in 300 and 100 of both phases, 0.966 in these.
         sweep=[
             *["readout=context", "precision=bf16", *ONE_SETTING],
             *["steps.classifier.least=1000", "steps.finetune={least: 1000, passes: 5, most: 1000}", "scratch_times=2"],
-            "settings.scratch=[{lr: 5.0e-3, weight_decay: 0.05}]",
+            *["settings.scratch=[{lr: 5.0e-3, weight_decay: 0.05}]", "encodings=4096"],
         ],
         parts=[
             ["labels=[20,40,100,200,400]", "scratch=[logistic,svm,cnn]", "protocols=[]", "random=[]"],
@@ -91,10 +91,7 @@ STUDIES = {
             "simclr": [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "load_size=32", "image_size=32", "steps=3800"],
         },
         # at least three augmented copies of every label for the classifier, with 5,000 of them
-        sweep=[
-            *["readout=context", "precision=bf16", "steps.finetune.most=2000", "scratch_times=10"],
-            "encodings=16384",
-        ],
+        sweep=["readout=context", "precision=bf16", "steps.finetune.most=2000", "scratch_times=10", "encodings=16384"],
         parts=[
             ["fractions=[0.01]", "scratch=[logistic,svm,cnn]", "protocols=[linear,classifier]", "random=[linear]"],
             ["fractions=[0.02]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
@@ -117,6 +114,7 @@ STUDIES = {
         sweep=[
             *["readout=context", "precision=bf16", "cnn.widths=[32,64,128,256]", "+cnn.stem=imagenet"],
             *["scratch_times=8", "settings.scratch=[{lr: 2.0e-3, weight_decay: 0.05}]", *ONE_SETTING],
+            "encodings=4096",
         ],
         parts=[
             ["labels_per_class=[2,5,1]", "scratch=[logistic,cnn]", "protocols=[linear]", "random=[linear]"],

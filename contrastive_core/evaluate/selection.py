@@ -2,7 +2,8 @@
 
 The labels themselves are parted. From A_CLASS_FOR_A_PART labels a class up a fifth of them is held out once; with fewer
 every label is held out in turn (stratified folds). The only label of a class is never held out; where every class has
-but one there is nothing to judge by, and the settings are to be fixed beforehand, on other data. Whatever is chosen is fitted again to all labels: those held out count as labels.
+but one there is nothing to judge by, and the settings are to be fixed beforehand, on other data. Whatever is chosen is
+fitted again to all labels: those held out count as labels.
 
 Settings are tried by successive halving (Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and
 Hyperparameter Optimization"): all of them for a small share of the steps, the better half for more.
