@@ -6,7 +6,7 @@ A card may come from anyone, so it names constructors of ours alone, with plain 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import cpc.encoders
 from contrastive_core.heads import ProjectionHead
 from contrastive_core.methods.classifier import Classifier
 from contrastive_core.reading import read_json
-from cpc.context import ContextNetwork, Contexts
+from cpc.context import ContextNetwork
 from cpc.foreign import check_plain
 from cpc.grid_classifier import GridClassifier
 
@@ -159,22 +159,21 @@ def parts_card(method: nn.Module, class_names: Sequence[str]) -> dict[str, Any]:
     """What `encoder.json` says of `parts_of(method)`; a classifier that keeps layers of a head: `classifier_card`."""
     parts = parts_of(method)
     if isinstance(method, GridClassifier):
-        context = {} if method.latents.context is None else contexts_card(method.latents.context)
+        read = method.latents.context
+        context = {} if read is None else contexts_card(read.networks, read.context_of)
         return {"classifier": {"class_names": list(class_names), "grid": method.described}} | context
     if "classifier" in parts:
         return classifier_card(class_names) if isinstance(parts["classifier"].head, nn.Identity) else {}
     if "context" in parts:
-        contexts: Any = parts["context"]
         context_of: Any = method.context_of
-        return contexts_card(Contexts(contexts, context_of))
+        return contexts_card(parts["context"], context_of)
     return {name: head.arguments for name, head in parts.items()}
 
 
-def contexts_card(contexts: Contexts) -> dict[str, Any]:
+def contexts_card(networks: nn.Module, context_of: Mapping[str, str]) -> dict[str, Any]:
     """What `encoder.json` says of context networks."""
-    networks: Any = contexts.networks
     described = {name: network.arguments for name, network in networks.named_children()}
-    return {"context": {"networks": described, "context_of": contexts.context_of}}
+    return {"context": {"networks": described, "context_of": dict(context_of)}}
 
 
 def classifier_card(

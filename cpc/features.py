@@ -19,7 +19,7 @@ from contrastive_core.heads import ProjectionHead
 from contrastive_core.methods.classifier import Classifier
 from cpc.context import ContextNetwork, Contexts
 from cpc.encoder_card import LARGEST_DEPTH, MISFITS, build_encoder, check_bounds, parts_of, read_card
-from cpc.frozen_encoder import FrozenEncoder, as_normalised
+from cpc.frozen_encoder import FrozenEncoder, Latents
 from cpc.grid_classifier import GridClassifier
 from cpc.latent_classifier import LatentClassifier
 
@@ -183,7 +183,7 @@ def read_classifier(path: str | Path) -> tuple[Classifier | GridClassifier, dict
     """
     weights, card = read_card(path)
     described = card.get("classifier")
-    if not described:
+    if not isinstance(described, dict):
         raise ValueError(
             f"the run in {weights.parent} has no classifier ({card.get('method')}): pass a fine-tuned one's folder"
         )
@@ -196,7 +196,8 @@ def read_classifier(path: str | Path) -> tuple[Classifier | GridClassifier, dict
 
     def built() -> Classifier | GridClassifier:
         if "grid" in described:
-            return _build_grid_classifier(encoder, contexts, card["input"], described)
+            geometry = {name: card["input"].get(name) for name in ("patch_size", "stride")}
+            return _build_grid_classifier(encoder, contexts, geometry, described)
         return _build_classifier(encoder, described)
 
     classifier = _built_to_fit(built, weights, "classifier", stored)
@@ -213,14 +214,14 @@ def _build_classifier(encoder: nn.Module, described: dict[str, Any]) -> Classifi
 
 
 def _build_grid_classifier(
-    encoder: nn.Module, contexts: Contexts | None, fed: dict[str, Any], described: dict[str, Any]
+    encoder: nn.Module, contexts: Contexts | None, geometry: dict[str, Any], described: dict[str, Any]
 ) -> GridClassifier:
     try:
         grid = described["grid"]
         check_bounds(grid["arguments"])
         if grid["arguments"]["classes"] != len(described["class_names"]):
             raise ValueError(f"{grid['arguments']['classes']} classes with {len(described['class_names'])} names")
-        latents = FrozenEncoder(encoder, **as_normalised(fed), readout=grid["readout"], context=contexts)
+        latents = Latents(encoder, **geometry, readout=grid["readout"], context=contexts)
         return GridClassifier(latents, LatentClassifier(**grid["arguments"]))
     except MISFITS as error:
         raise ValueError(f"encoder.json describes a classifier that cannot be built: {error!r}") from error

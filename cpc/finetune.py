@@ -43,7 +43,7 @@ from cpc.features import FrozenClassifier, load_classifier, load_head, read_enco
 from cpc.foreign import check_plain, run_config, run_data
 from cpc.pretrain import PretrainSchema, encoder_card
 from cpc.run import Pieces, check_recipe, train_run
-from cpc.two_phases import build_grid_classifier, settle_grid_, two_phases
+from cpc.two_phases import settle_grid_, two_phases
 
 LARGEST_CONFUSION = 100
 """Classes up to which the confusion matrix is written down."""
@@ -251,11 +251,9 @@ def settle_(cfg: DictConfig) -> None:
             raise ValueError("the encoder is that of run=DIR: leave encoder=NAME out, or pass run=null")
         cfg.encoder = architecture_node(read_card(cfg.run)[1])
         take_over_(cfg, cfg.run)
-    if cfg.grid is not None:
-        settle_grid_(cfg)
     check_recipe(cfg)
     if cfg.grid is not None:
-        build_grid_classifier(cfg, 2)
+        settle_grid_(cfg)
     else:
         build_classifier(cfg, 2)  # a head without such a layer, or another's weights
 
@@ -313,7 +311,7 @@ def one_phase(cfg: DictConfig, few: ImageDataset) -> dict[str, Path]:
 # ---- what the command line says ----
 
 
-OF_THE_RUN = ("load_size", "image_size", "mean", "std")
+OF_THE_RUN = ("load_size", "image_size", "mean", "std", "patch")
 
 
 def overrides() -> dict[str, str]:
@@ -324,7 +322,7 @@ def overrides() -> dict[str, str]:
 
 def refuse_what_a_run_decides(run: str | None) -> None:
     """Raise ValueError where the command line says how large images are, and a run has said so before."""
-    taken = [override for key, override in overrides().items() if run and key in OF_THE_RUN]
+    taken = [override for key, override in overrides().items() if run and key.partition(".")[0] in OF_THE_RUN]
     if taken:
         raise ValueError(f"{', '.join(taken)}: images are fed as to {run}, leave it out")
 

@@ -14,7 +14,7 @@ from contrastive_core.method import Batch, Method
 from contrastive_core.methods.classifier import label_loss, label_metrics
 from contrastive_core.methods.two_views import one
 from contrastive_core.metrics import feature_std
-from cpc.frozen_encoder import FrozenEncoder
+from cpc.frozen_encoder import Latents
 from cpc.latent_classifier import LatentClassifier
 
 
@@ -22,7 +22,7 @@ class GridClassifier(Method):
     """Cross-entropy of the labels, from one view `b 3 h w` of every image; images without a label (-1) are passed over.
 
     Args:
-        latents: views, normalised as they come, -> a grid `b rows cols d`: readout "grid" or "context", mean 0, std 1.
+        latents: views -> a grid `b rows cols d`: readout "grid" or "context".
         classifier: of such grids.
         frozen: train the classifier alone; encoder and context networks stay as they are, in eval mode.
         label_smoothing: 0..1.
@@ -32,7 +32,7 @@ class GridClassifier(Method):
 
     def __init__(
         self,
-        latents: FrozenEncoder,
+        latents: Latents,
         classifier: LatentClassifier,
         *,
         frozen: bool = False,

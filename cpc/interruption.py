@@ -54,6 +54,11 @@ class StopRequest:
         if self._answer is not None and exception[0] is None:  # after an error elsewhere nobody answers
             self._answer[1].wait()
 
+    def asked_by_now(self, device: torch.device) -> int:
+        """As `asked`, after the last step: waits for what all others say now."""
+        self.asked(device)
+        return self.asked(device)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._number and number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
             raise KeyboardInterrupt

@@ -32,7 +32,7 @@ class LatentClassifier(nn.Module):
     The linear layer starts at zero, so that the first prediction is uniform. `arguments` are those it was built with:
     `LatentClassifier(**classifier.arguments)` is another of its kind.
 
-    Raises ValueError for fewer than two classes, and latents that are no grid of this dimension.
+    Raises ValueError for fewer than two classes, no channel, and latents that are no grid of this dimension.
 
     Example: the paper's, on 4,096 dimensions, has 196 million parameters below its linear layer.
     """
@@ -51,6 +51,8 @@ class LatentClassifier(nn.Module):
         super().__init__()
         if classes < 2 or blocks < 0:
             raise ValueError(f"{classes} classes, blocks={blocks}: pass at least 2 classes, and blocks from 0")
+        if width < 1 or (bottleneck is not None and bottleneck < 1):
+            raise ValueError(f"width={width} bottleneck={bottleneck}: pass at least 1 channel")
         channels = [dim, *[width] * blocks]
         self.dim = dim
         shape = {"blocks": blocks, "width": width, "bottleneck": bottleneck}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -315,10 +315,11 @@ def export(run_dir: Path, pieces: Pieces, shown: Method, collapsed: str) -> None
     export_encoder(run_dir, shown.encoder, card | ({"collapsed": collapsed} if collapsed else {}), parts_of(shown))
 
 
-def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
+def train_run(cfg: DictConfig, pieces: Callable[[], Pieces], *, phase_of: Path | None = None) -> Path:
     """Run one configuration to its end; returns the run's folder.
 
-    `pieces()` is called once the folder is known to be free, with the seed set, and may take its time.
+    `pieces()` is called once the folder is known to be free, with the seed set, and may take its time. `phase_of`: the
+    folder of the run that goes on after this one, which whoever stops this one has to name to go on.
     """
     check_recipe(cfg)
     accelerator = start_accelerator(
@@ -357,6 +358,13 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
         profiled(run_dir if cfg.profile and main_process else None, cfg.steps - start) as profile_step,
     ):
         watch = RunWatch(log, accelerator, rows=rows, images=cfg.batch_size, bad_images=cfg.bad_images)
+
+        def stop(asked: int, step: int) -> NoReturn:
+            where = f"saved after step {step} of {cfg.steps}, go on with resume=auto run_dir={phase_of or run_dir}"
+            watch.say(f"{signal.Signals(asked).name}: {where}", warning=True)
+            accelerator.wait_for_everyone()  # a launcher ends all processes with the first
+            raise Stopped(asked)
+
         if start and main_process:  # of which the log has kept what can be read
             watch.remember(read_metrics(run_dir))
         for result in results:
@@ -376,15 +384,13 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces]) -> Path:
                     state = run_state(accelerator, images)
                     trained.save(run_dir / "checkpoints", result.step, state, accelerator, cfg.keep_checkpoints)
             if asked:
-                reached = f"saved after step {result.step} of {cfg.steps}"
-                name = signal.Signals(asked).name
-                watch.say(f"{name}: {reached}, go on with resume=auto run_dir={run_dir}", warning=True)
-                accelerator.wait_for_everyone()  # a launcher ends all processes with the first
-                raise Stopped(asked)
+                stop(asked, result.step)
 
         trained.show()
         if main_process:
             export(run_dir, parts, trained.shown, watch.collapsed)
+        if phase_of is not None and (asked := request.asked_by_now(accelerator.device)):  # before the next phase
+            stop(asked, cfg.steps)
     if main_process:
         print(f"encoder: {run_dir / 'encoder.safetensors'}\nread it with: cpc.load_encoder({str(run_dir)!r})")
     accelerator.wait_for_everyone()

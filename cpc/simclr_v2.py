@@ -175,7 +175,8 @@ def steps_of(cfg: DictConfig, choices: Mapping[str, str]) -> list[Step]:
 def undecided_keys(out: Path) -> Callable[[str], bool]:
     """Whether a key of a folder's command may still be another: nothing that has begun there depends on it."""
     begun = {name for name in (*TOOLS, "supervised") if (out / name / "config.yaml").is_file()}
-    open_keys = {"supervised", *(set(TOOLS) - begun)}
+    made_with = {"pretrain": {*TOOLS, "supervised"}, "finetune": {*TOOLS[1:], "supervised"}, "distill": {"distill"}}
+    open_keys = {"supervised", *(tool for tool in TOOLS if not begun & made_with[tool])}
     if begun <= {"pretrain"}:
         open_keys |= {*WHICH_LABELS, "label_seed"}
 
@@ -226,6 +227,8 @@ def simclr_v2(cfg: DictConfig) -> Path:
             raise ValueError(f"{tool}.{name} is one for all steps: pass {name}={cfg[tool][name]}")
         if cfg[tool].get("experiment"):  # which would lose its data and its encoder to those of all steps
             raise ValueError(f"{tool}.experiment is a whole recipe: run tools/{tool}.py experiment=NAME by itself")
+    if cfg.finetune.get("protocol"):
+        raise ValueError("finetune.protocol is none of SimCLRv2's: run tools/finetune.py protocol=NAME by itself")
     steps = steps_of(cfg, HydraConfig.get().runtime.choices)
     first = steps[0].cfg
     check_complete(first)

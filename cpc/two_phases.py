@@ -7,23 +7,26 @@ within the second's. Learning rates and lengths are ours (configs/protocol/cpc_v
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
 from contrastive_core.data import ImageDataset
 from contrastive_core.method import Method
 from contrastive_core.optim import Together, parameter_groups
+from contrastive_core.randomness import Randomness
 from cpc.encoder_card import read_card
 from cpc.entry import build, run_name, start_accelerator
 from cpc.features import load_contexts, read_classifier, read_encoder
-from cpc.frozen_encoder import MODES, READOUTS, FrozenEncoder, as_normalised
+from cpc.frozen_encoder import MODES, READOUTS, Latents
 from cpc.grid_classifier import GridClassifier
-from cpc.pretrain import encoder_card, encoder_input
+from cpc.pretrain import encoder_card
 from cpc.run import Pieces, plain, train_run
 from cpc.run_folder import check_folder, choose_run_dir
 
@@ -31,9 +34,42 @@ FIRST_PHASE = "first_phase"
 """The folder of the first of two phases, within the second's."""
 
 
+@dataclass
+class GridSchema:
+    """Types of the keys below `grid` in configs/protocol/cpc_v2.yaml."""
+
+    mode: str | None
+    readout: str
+    first_steps: int
+    classifier_rate: float
+    encoder_optimizer: Any
+    classifier: dict[str, Any]
+
+
 def settle_grid_(cfg: DictConfig) -> None:
-    """Fill in the patches that the run was trained on, and check what the protocol has of its own; ValueError."""
+    """Fill in the patches that the run was trained on, and check what needs no data; ValueError for what cannot be."""
+    typed = OmegaConf.create({"grid": OmegaConf.structured(GridSchema)})
+    cfg.grid = OmegaConf.merge(typed, {"grid": cfg.grid}).grid
+    _check_grid(cfg)
     grid, fed = cfg.grid, read_card(cfg.run)[1]["input"]
+    if fed.get("patch_size") and grid.mode != "image":
+        cfg.patch = {"size": fed["patch_size"], "stride": fed["stride"]}
+    elif grid.readout == "context" and fed.get("patch_size"):
+        raise ValueError("grid.readout=context reads patches: leave grid.mode=image out, or pass grid.readout=grid")
+    elif grid.mode == "patches":
+        raise ValueError(f"grid.mode=patches: {cfg.run} was trained on whole images, leave grid.mode out")
+    method = build_grid_classifier(cfg, 2).eval()
+    try:
+        with torch.no_grad():
+            method.logits(torch.zeros(1, 3, cfg.image_size, cfg.image_size))
+    except (RuntimeError, ValueError) as error:  # a transformer has none
+        raise ValueError(
+            f"{cfg.run} gives no grid of latents ({error}): pass a run of another encoder, or leave protocol=cpc_v2 out"
+        ) from error
+
+
+def _check_grid(cfg: DictConfig) -> None:
+    grid = cfg.grid
     if cfg.head_layer != 0:
         raise ValueError(f"head_layer={cfg.head_layer}: protocol=cpc_v2 reads the grid of latents, pass head_layer=0")
     if grid.mode not in (None, *MODES) or grid.readout not in READOUTS[1:]:
@@ -47,13 +83,10 @@ def settle_grid_(cfg: DictConfig) -> None:
         )
     if cfg.exclude_also or cfg.constant_rate:
         raise ValueError("exclude_also and constant_rate have no meaning with protocol=cpc_v2: leave them out")
-    build(grid.encoder_optimizer, [nn.Parameter(torch.zeros(1, 1))], _partial_=False)
-    if fed.get("patch_size") and grid.mode != "image":
-        cfg.patch = {"size": fed["patch_size"], "stride": fed["stride"]}
-    elif grid.readout == "context" and fed.get("patch_size"):
-        raise ValueError("grid.readout=context reads patches: leave grid.mode=image out, or pass grid.readout=grid")
-    elif grid.mode == "patches":
-        raise ValueError(f"grid.mode=patches: {cfg.run} was trained on whole images, leave grid.mode out")
+    if not isinstance(build(grid.encoder_optimizer, [nn.Parameter(torch.zeros(1, 1))], _partial_=False), Optimizer):
+        raise ValueError(
+            f"grid.encoder_optimizer={grid.encoder_optimizer} is no optimizer: leave it out, or set its lr"
+        )
 
 
 def build_grid_classifier(cfg: DictConfig, classes: int, first: Path | None = None) -> GridClassifier:
@@ -63,12 +96,12 @@ def build_grid_classifier(cfg: DictConfig, classes: int, first: Path | None = No
     """
     encoder, _ = read_encoder(cfg.run)
     contexts = load_contexts(cfg.run) if cfg.grid.readout == "context" else None
-    latents = FrozenEncoder(encoder, **as_normalised(encoder_input(cfg)), readout=cfg.grid.readout, context=contexts)
+    geometry = {} if cfg.patch is None else {"patch_size": cfg.patch.size, "stride": cfg.patch.stride}
+    latents = Latents(encoder, **geometry, readout=cfg.grid.readout, context=contexts)
     if first is None:
         sizes = {"dim": latents.grid_dim, "classes": classes}
-        classifier = build(
-            {"_target_": "cpc.latent_classifier.LatentClassifier", **plain(cfg.grid.classifier), **sizes}
-        )
+        node = {"_target_": "cpc.latent_classifier.LatentClassifier", **plain(cfg.grid.classifier), **sizes}
+        classifier = build(node)
     else:
         classifier = read_classifier(first)[0].classifier
     return GridClassifier(latents, classifier, frozen=cfg.frozen, label_smoothing=cfg.label_smoothing)
@@ -78,11 +111,10 @@ def both_optimizers(cfg: DictConfig, method: Method) -> Optimizer:
     """Of the second phase: the classifier's, at a part of its first rate, and the encoder's own."""
     assert isinstance(method, GridClassifier)
     rate = cfg.grid.classifier_rate * cfg.optimizer.lr
-    classifier = parameter_groups(method.classifier, exclude=cfg.exclude)
-    encoder = [parameter for parameter in method.latents.parameters() if parameter.requires_grad]
+    classifier, latents = (parameter_groups(part, exclude=cfg.exclude) for part in (method.classifier, method.latents))
     return Together([
         build(cfg.optimizer, classifier, lr=rate, _partial_=False),
-        build(cfg.grid.encoder_optimizer, encoder, _partial_=False),
+        build(cfg.grid.encoder_optimizer, latents, _partial_=False),
     ])  # fmt: skip
 
 
@@ -91,11 +123,8 @@ def two_phases(cfg: DictConfig, few: ImageDataset) -> dict[str, Path]:
 
     Each phase is a run; a first one that has come to its end is not run again.
     """
-
-    first = cfg.copy()
-    first.frozen, first.steps = True, cfg.grid.first_steps
     if cfg.frozen:
-        return {"fine-tuned": train_run(first, partial(phase_of, first, few))}
+        return {"fine-tuned": train_run(cfg, partial(phase_of, cfg, few))}
 
     accelerator = start_accelerator(
         precision=cfg.precision,
@@ -105,17 +134,29 @@ def two_phases(cfg: DictConfig, few: ImageDataset) -> dict[str, Path]:
         timeout=cfg.timeout,
     )
     run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)
-    before = run_dir / FIRST_PHASE
-    cfg.run_dir, first.run_dir = str(run_dir), str(before)
+    cfg.run_dir, before = str(run_dir), run_dir / FIRST_PHASE
+    first = first_of_two(cfg, before)
     check_folder(run_dir, plain(cfg), resume=cfg.resume == "auto")
     if (before / "encoder.json").is_file():  # what a run writes last
         check_folder(before, plain(first), resume=cfg.resume == "auto")
     else:
-        train_run(first, partial(phase_of, first, few))
+        train_run(first, partial(phase_of, first, few), phase_of=run_dir)
     return {
         "fine-tuned": train_run(cfg, partial(phase_of, cfg, few, before)),
         "first phase, encoder frozen": before,
     }
+
+
+def first_of_two(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The first phase's configuration, without what it does not read, and with a seed of its own.
+
+    With the second's it would see the very images, in the same order, that the second will see again.
+    """
+    first = cfg.copy()
+    first.frozen, first.steps, first.run_dir = True, cfg.grid.first_steps, str(folder)
+    first.seed = int(Randomness(cfg.seed, 0, torch.zeros(1, dtype=torch.int64)).integers("first phase", 1 << 62))
+    first.grid.encoder_optimizer, first.grid.classifier_rate = None, 1.0
+    return first
 
 
 def phase_of(cfg: DictConfig, few: ImageDataset, first: Path | None = None) -> Pieces:

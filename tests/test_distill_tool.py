@@ -293,6 +293,10 @@ def test_three_steps_in_one_command(all_steps, tmp_path, capsys):
     with pytest.raises(SystemExit):
         all_steps("out=all", "supervised=true", "labels=30", "pretrain.steps=3")
     assert "error: all was run with other settings of labels, pretrain.steps" in capsys.readouterr().err
+    shutil.rmtree(out / "finetune")  # of which distillation has learned
+    with pytest.raises(SystemExit):
+        all_steps("out=all", "supervised=true", "finetune.steps=1")
+    assert "error: all was run with other settings of finetune.steps" in capsys.readouterr().err
     shutil.rmtree(out / "distill")
     all_steps("out=all", "supervised=true", "distill.steps=1")
     assert yaml.safe_load((out / "config.yaml").read_text())["distill"]["steps"] == 1
@@ -392,6 +396,7 @@ def test_steps_that_are_other_methods(all_steps, tmp_path):
             ["out=all", "pretrain.experiment=cifar10_simclr"],
             "error: pretrain.experiment is a whole recipe: run tools/pretrain.py experiment=NAME by itself",
         ),
+        (["out=all", "finetune.protocol=cpc_v2"], "error: finetune.protocol is none of SimCLRv2's: run tools/finetune"),
         (["out=all", "finetune.clip=-1"], "error: clip=-1.0: pass"),
         (["out=all", "distill.temperature=0"], "error: temperature=0: pass a number above 0"),
         (["out=all", "distill.labels=30"], "error: weight=1.0 looks at no label: leave fraction, labels"),

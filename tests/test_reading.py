@@ -118,6 +118,7 @@ def test_so_are_a_head_and_context_networks_that_no_memory_holds(tmp_path):
 
 CLASSIFIERS = [
     ({"head": {"dim": 16, "out": 90_000, "hidden": 90_000}}, r"not those of the classifier that its card describes: "),
+    (5, r"has no classifier"),
     ({"class_names": 5}, r"encoder\.json describes a classifier that cannot be built: TypeError"),
     ({"head": {"dim": 16, "out": 8}, "head_layer": "x"}, r"encoder\.json describes a classifier that cannot be built"),
     ({"head": "x"}, r"the card's head is no ProjectionHead's"),
@@ -135,7 +136,9 @@ def test_so_is_a_classifier(tmp_path, change, said):
     }
     export_encoder(tmp_path, encoder, card, parts_of(Classifier(encoder, classes=2)))
     assert load_classifier(tmp_path)(torch.rand(1, 3, 8, 8)).shape == (1, 2)
-    changed = described | {"head_layer": 1 if "head" in change else 0} | change
+    changed = change
+    if isinstance(change, dict):
+        changed = described | {"head_layer": 1 if "head" in change else 0} | change
     (tmp_path / "encoder.json").write_text(json.dumps(card | {"classifier": changed}))
     with pytest.raises(ValueError, match=said):
         load_classifier(tmp_path)

@@ -1,6 +1,9 @@
 """CPC v2's fine-tuning of one run: two phases, what each leaves behind and goes on from, and mistakes."""
 
 import json
+import os
+import shutil
+import signal
 
 import hydra
 import pytest
@@ -13,15 +16,18 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 import cpc.distill  # registers its schema
+from contrastive_core.checkpoint import export_encoder
 from contrastive_core.data import parquet
 from contrastive_core.method import Batch
-from contrastive_core.run_log import read_metrics
+from contrastive_core.run_log import RunLog, read_metrics
 from cpc.configs import config_folder
 from cpc.distill import settle_ as settle_distillation_
+from cpc.encoder_card import build_encoder
 from cpc.features import load_classifier, load_contexts, load_encoder, read_classifier
 from cpc.finetune import finetune, main, settle_
-from cpc.frozen_encoder import FrozenEncoder
+from cpc.frozen_encoder import Latents
 from cpc.grid_classifier import GridClassifier
+from cpc.interruption import Stopped
 from cpc.latent_classifier import LatentClassifier
 from cpc.pretrain import pretrain
 from cpc.sweep_labels import grouped_runs
@@ -47,6 +53,11 @@ def runs(tmp_path_factory):
     context = ["method.context.width=8", "method.context.layers=1"]
     pretrain(composed("pretrain_cpc", *options, *context, f"run_dir={folder / 'cpc'}"))
     pretrain(composed("pretrain", "method=simclr", *options, f"run_dir={folder / 'simclr'}"))
+    transformer = {"name": "contrastive_core.encoders.TimmTrunk", "arguments": {"name": "vit_tiny_patch16_224"}}
+    encoder, fed = build_encoder(transformer), {"image_size": 224, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    (folder / "vit").mkdir()
+    export_encoder(folder / "vit", encoder, {"architecture": transformer, "input": fed})
+    (folder / "vit" / "config.yaml").write_text((folder / "simclr" / "config.yaml").read_text())
     return folder
 
 
@@ -58,6 +69,13 @@ def start(runs, tmp_path):
         return finetune(composed("finetune", f"run={runs / run}", f"run_dir={tmp_path / run_dir}", *FEW, *overrides))
 
     return run
+
+
+def composed_again(cfg, **changed):
+    other = cfg.copy()
+    for name, value in changed.items():
+        other[name] = value
+    return other
 
 
 def images_of(runs):
@@ -122,14 +140,24 @@ def test_both_phases_are_runs_whose_classifiers_load_back(start, runs, run, opti
     torch.testing.assert_close(classifier(encoder(images[:5])), load_classifier(folder)(images[:5]))
 
 
-def test_the_second_phase_begins_where_the_first_ended(start, runs):
-    folder = start("steps=1")
+def test_the_second_phase_begins_where_the_first_ended_with_its_own_optimizers_and_images(start, runs):
+    folder = start("steps=2", "label_smoothing=0.1")
     first, second = (read_metrics(path) for path in (folder / FIRST_PHASE, folder))
     assert first[0]["loss"] == pytest.approx(first[0]["chance_loss"], abs=1e-5)  # the last layer starts at zero
-    assert [row["step"] for row in first] == [1, 2]
+    assert [row["step"] for row in first] == [row["step"] for row in second] == [1, 2]
+    assert [row["lr"] for row in second] == pytest.approx([0.1 * row["lr"] for row in first])
+    for phase, names in (
+        (FIRST_PHASE, {"momentum_buffer"}),
+        (".", {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}),
+    ):
+        state = load_file(folder / phase / "checkpoints/step_00000002/optimizer.safetensors")
+        assert {name.partition(".")[2] for name in state} == names
+    seeds = [yaml.safe_load((folder / phase / "config.yaml").read_text())["seed"] for phase in (FIRST_PHASE, ".")]
+    assert seeds[1] == 0 != seeds[0]
     cfg = composed("finetune", f"run={runs / 'cpc'}", *FEW)
     settle_(cfg)
     method = build_grid_classifier(cfg, 10, folder / FIRST_PHASE)
+    assert build_grid_classifier(composed_again(cfg, label_smoothing=0.2), 10).label_smoothing == 0.2
     assert same(method.classifier.state_dict(), weights_of(folder / FIRST_PHASE, "classifier"))
     assert not method.frozen
     assert second[0]["loss"] != first[0]["loss"]
@@ -146,17 +174,20 @@ def test_each_part_has_its_own_optimizer_and_the_classifier_a_tenth_of_its_rate(
     assert [group["weight_decay"] for group in sgd.param_groups] == [1e-3, 0]
     stepped = [p for each in (sgd, adam) for group in each.param_groups for p in group["params"]]
     assert {id(p) for p in stepped} == {id(p) for p in method.parameters()}
-    assert {id(p) for p in adam.param_groups[0]["params"]} == {id(p) for p in method.latents.parameters()}
+    assert {id(p) for group in adam.param_groups for p in group["params"]} == {
+        id(p) for p in method.latents.parameters()
+    }
     contexts = load_contexts(runs / "cpc").networks.state_dict()
     assert same(method.latents.context.networks.state_dict(), contexts)
 
 
 def test_frozen_is_the_first_phase_alone(start, runs):
-    folder = start("frozen=true")
+    first = start(run_dir="both") / FIRST_PHASE
+    seed = yaml.safe_load((first / "config.yaml").read_text())["seed"]
+    folder = start("frozen=true", "steps=2", f"seed={seed}")
     assert not (folder / FIRST_PHASE).exists()
     assert same(weights_of(folder), weights_of(runs / "cpc"))
     assert len(read_metrics(folder)) == 2
-    first = start(run_dir="both") / FIRST_PHASE
     assert same(weights_of(folder, "classifier"), weights_of(first, "classifier"))
 
 
@@ -176,11 +207,8 @@ def test_a_few_steps_learn(start):
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, interrupted_at, phase):
     options = ["steps=4", "grid.first_steps=4", "save_every=2", "averaging=0.5"]
     whole = start(*options, run_dir="whole")
-    if not phase:  # the first comes to its end
-        start(*options, "frozen=true", run_dir=f"parts/{FIRST_PHASE}")
-        config = yaml.safe_load((whole / FIRST_PHASE / "config.yaml").read_text())
-        config["run_dir"] = str(whole.parent / "parts" / FIRST_PHASE)
-        (whole.parent / "parts" / FIRST_PHASE / "config.yaml").write_text(yaml.safe_dump(config))
+    if not phase:  # the first has come to its end
+        shutil.copytree(whole / FIRST_PHASE, whole.parent / "parts" / FIRST_PHASE)
         options.append("resume=auto")
     with interrupted_at(2):
         start(*options, run_dir="parts")
@@ -202,6 +230,36 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(start, interrupted_at
             assert (parts / folder / name).read_bytes() == (whole / folder / name).read_bytes(), (folder, name)
     rows, others = (json.loads((path / "test.json").read_text())["rows"] for path in (parts, whole))
     assert rows == others
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_who_is_stopped_in_the_first_phase_is_told_how_to_go_on(start, monkeypatch, tmp_path, capsys, step):
+    """By a signal, also in the first phase's last step: the second does not begin."""
+    advance = RunLog.advance
+
+    def advance_and_stop(log):
+        advance(log)
+        if log._bar.n == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "advance", advance_and_stop)
+    options = ["steps=4", "grid.first_steps=4", "save_every=9"]
+    with pytest.raises(Stopped):
+        start(*options)
+    said = capsys.readouterr()
+    assert f"go on with resume=auto run_dir={tmp_path / 'run'}\n" in said.err + said.out
+    assert (tmp_path / "run" / FIRST_PHASE / "encoder.json").exists() == (step == 4)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    monkeypatch.undo()
+    stopped, whole = start(*options, "resume=auto"), start(*options, run_dir="whole")
+    assert same(weights_of(stopped, "classifier"), weights_of(whole, "classifier"))
+
+
+def test_what_the_first_phase_does_not_read_may_change_after_it(start, tmp_path):
+    whole = start(run_dir="whole")
+    shutil.copytree(whole / FIRST_PHASE, tmp_path / "run" / FIRST_PHASE)
+    again = start("grid.encoder_optimizer.lr=1e-9", "steps=2", "resume=auto")
+    torch.testing.assert_close(weights_of(again), weights_of(again / FIRST_PHASE), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shard", ["false", "true"])
@@ -270,8 +328,7 @@ def test_a_card_builds_nothing_but_its_classifier(tuned, tmp_path, changed, word
 def grid_classifier(**options):
     encoder = nn.Conv2d(3, 4, 1)
     encoder.dim, encoder.feature_map = 4, encoder.forward
-    fed = {"image_size": 6, "mean": (0, 0, 0), "std": (1, 1, 1)}
-    latents = FrozenEncoder(encoder, **fed, readout=options.pop("readout", "grid"))
+    latents = Latents(encoder, readout=options.pop("readout", "grid"))
     return GridClassifier(latents, LatentClassifier(options.pop("dim", 4), 3, blocks=0), **options)
 
 
@@ -333,6 +390,16 @@ MISTAKES = [
     ("run={cpc} labels=20 grid.classifier_rate=0", "error: grid.first_steps=1000 grid.classifier_rate=0"),
     ("run={cpc} labels=20 grid.classifier.blocks=-1", "error: 2 classes, blocks=-1: pass at least 2 classes"),
     ("run={cpc} labels=20 grid.classifier.norm=x", "norm"),
+    ("run={cpc} labels=20 grid.classifier.width=0", "error: width=0 bottleneck=64: pass at least 1 channel"),
+    ("run={cpc} labels=20 grid.classifier.bottleneck=0", "error: width=128 bottleneck=0: pass at least 1 channel"),
+    ("run={cpc} labels=20 grid.first_steps=null", "full_key: grid.first_steps"),
+    (
+        "run={cpc} labels=20 grid.first_steps=1.5",
+        "error: Value '1.5' of type 'float' could not be converted to Integer",
+    ),
+    ("run={cpc} labels=20 grid.classifier_rate=x", "error: Value 'x' of type 'str' could not be converted to Float"),
+    ("run={cpc} labels=20 grid.encoder_optimizer=null", "error: grid.encoder_optimizer=None is no optimizer"),
+    ("run={vit} labels=20", "gives no grid of latents (VisionTransformer has no feature map"),
     ("run={cpc} labels=20 grid.encoder_optimizer.lr=-1", "error: Invalid learning rate: -1"),
     ("run={cpc} labels=20 exclude_also=[classifier]", "error: exclude_also and constant_rate have no meaning"),
     ("run={cpc} labels=20 grid.classifier.depth=3", "error: Could not override 'grid.classifier.depth'"),
@@ -345,7 +412,7 @@ def test_a_mistake_gets_one_clear_line_and_leaves_nothing_behind(
     arguments, message, runs, call_tool, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    given = arguments.format(cpc=runs / "cpc", simclr=runs / "simclr").split()
+    given = arguments.format(cpc=runs / "cpc", simclr=runs / "simclr", vit=runs / "vit").split()
     given = given if "protocol=" in arguments else ["protocol=cpc_v2", *given]
     with pytest.raises(SystemExit) as stopped:
         call_tool(main, f"run_dir={tmp_path / 'run'}", "threads=1", *given)
@@ -360,4 +427,4 @@ def test_a_mistake_gets_one_clear_line_and_leaves_nothing_behind(
 def test_a_key_of_the_grid_without_the_protocol_is_no_key(runs, call_tool, capsys):
     with pytest.raises(SystemExit):
         call_tool(main, f"run={runs / 'cpc'}", "labels=20", "grid.first_steps=3")
-    assert "grid.first_steps" in capsys.readouterr().err
+    assert "error: Could not override 'grid.first_steps'" in capsys.readouterr().err

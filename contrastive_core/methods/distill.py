@@ -10,7 +10,7 @@ Differs from the paper: both sums are means, over the labelled images and over a
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,10 @@ class Teacher(Protocol):
     def logits(self, images: Tensor) -> Tensor:
         """A view `b c h w` -> `b classes`."""
 
-    def eval(self) -> Any:
+    def eval(self) -> Self:
         """As `nn.Module.eval`."""
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As `nn.Module.requires_grad_`."""
 
 
