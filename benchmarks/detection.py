@@ -68,7 +68,8 @@ def main() -> None:
         parser.error("--seeds: pass at least 2, an interval needs two pairs")
     folder = asked.folder.absolute()
     if not (folder / "run" / "encoder.safetensors").is_file():
-        tool("tools/pretrain_cpc.py", f"run_dir={folder / 'run'}", "resume=auto", "verbosity=quiet")
+        as_recorded = ["steps=2000", "optimizer.lr=1e-3"]  # the demo's recipe as it was then
+        tool("tools/pretrain_cpc.py", *as_recorded, f"run_dir={folder / 'run'}", "resume=auto", "verbosity=quiet")
     wanted = [(mode, encoder, seed) for seed in range(asked.seeds) for mode in MODES for encoder in ENCODERS]
     with ThreadPoolExecutor(2) as pool:
         cells = list(pool.map(lambda each: cell(folder, *each), wanted))

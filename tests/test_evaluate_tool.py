@@ -198,10 +198,9 @@ def test_the_demo_needs_labelled_test_images_before_it_starts(compose, tmp_path)
 
 def test_the_demo_ends_with_a_table_and_pictures(compose, tmp_path, capsys, monkeypatch):
     short = ["steps.classifier.least=2", "steps.finetune.least=2"]
-    for part in ("FROZEN", "FROM_SCRATCH", "ONE_POINT"):
+    for part in ("FROZEN", "ONE_POINT"):
         monkeypatch.setattr(cpc.demo, part, [*getattr(cpc.demo, part), *short])
     monkeypatch.setattr(cpc.demo, "CURVE", (2, 4))
-    monkeypatch.setattr(cpc.demo, "HELD_AGAINST", (4,))
     monkeypatch.setattr(cpc.demo, "few_label_rows", partial(cpc.demo.few_label_rows, draws=2))
     digits = small_digits(tmp_path, train=40, test=30)
     folder = demo(compose(*TINY, *digits, f"run_dir={tmp_path / 'run'}"))
@@ -225,6 +224,6 @@ def test_the_demo_ends_with_a_table_and_pictures(compose, tmp_path, capsys, monk
     summary = json.loads((folder / "labels/summary.json").read_text())
     points = {(row["method"], row["protocol"], row["labels"]): row["cells"] for row in summary["accuracies"]}
     assert all(points["CPC", "linear", labels] == 2 for labels in (20, 40))
-    assert set(summary["scratch"]["best from scratch"]) == {"40"}
+    assert "40" in summary["scratch"]["best from scratch"]
     assert points["CPC", "finetune", 40] == points["scratch", "cnn", 40] == 1
     assert str(folder / "labels/label_efficiency.png") in printed
