@@ -315,6 +315,17 @@ def export(run_dir: Path, pieces: Pieces, shown: Method, collapsed: str) -> None
     export_encoder(run_dir, shown.encoder, card | ({"collapsed": collapsed} if collapsed else {}), parts_of(shown))
 
 
+def accelerator_of(cfg: DictConfig) -> Accelerator:
+    """As a run's keys want it; the same one, however often a process asks."""
+    return start_accelerator(
+        precision=cfg.precision,
+        device=cfg.device,
+        threads=cfg.threads,
+        accumulate=cfg.accumulate,
+        timeout=cfg.timeout,
+    )
+
+
 def train_run(cfg: DictConfig, pieces: Callable[[], Pieces], *, phase_of: Path | None = None) -> Path:
     """Run one configuration to its end; returns the run's folder.
 
@@ -322,13 +333,7 @@ def train_run(cfg: DictConfig, pieces: Callable[[], Pieces], *, phase_of: Path |
     folder of the run that goes on after this one, which whoever stops this one has to name to go on.
     """
     check_recipe(cfg)
-    accelerator = start_accelerator(
-        precision=cfg.precision,
-        device=cfg.device,
-        threads=cfg.threads,
-        accumulate=cfg.accumulate,
-        timeout=cfg.timeout,
-    )
+    accelerator = accelerator_of(cfg)
     config = plain(cfg)
     run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)
     resume = cfg.resume == "auto"

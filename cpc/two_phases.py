@@ -22,12 +22,12 @@ from contrastive_core.method import Method
 from contrastive_core.optim import Together, parameter_groups
 from contrastive_core.randomness import Randomness
 from cpc.encoder_card import read_card
-from cpc.entry import build, run_name, start_accelerator
+from cpc.entry import build, run_name
 from cpc.features import load_contexts, read_classifier, read_encoder
 from cpc.frozen_encoder import MODES, READOUTS, Latents
 from cpc.grid_classifier import GridClassifier
 from cpc.pretrain import encoder_card
-from cpc.run import Pieces, plain, train_run
+from cpc.run import Pieces, accelerator_of, plain, train_run
 from cpc.run_folder import check_folder, choose_run_dir
 
 FIRST_PHASE = "first_phase"
@@ -126,13 +126,7 @@ def two_phases(cfg: DictConfig, few: ImageDataset) -> dict[str, Path]:
     if cfg.frozen:
         return {"fine-tuned": train_run(cfg, partial(phase_of, cfg, few))}
 
-    accelerator = start_accelerator(
-        precision=cfg.precision,
-        device=cfg.device,
-        threads=cfg.threads,
-        accumulate=cfg.accumulate,
-        timeout=cfg.timeout,
-    )
+    accelerator = accelerator_of(cfg)
     run_dir = choose_run_dir(cfg.run_dir, run_name(), accelerator)
     cfg.run_dir, before = str(run_dir), run_dir / FIRST_PHASE
     first = first_of_two(cfg, before)
