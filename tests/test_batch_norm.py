@@ -6,8 +6,9 @@ import re
 
 import pytest
 import torch
+from processes import in_a_group
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules._functions import SyncBatchNorm as OnCuda
 from torch.nn.parallel import DistributedDataParallel
@@ -132,17 +133,6 @@ def too_few(rank):
     return "no error"
 
 
-def one_process(rank, folder):
-    """Three processes, of which two go on: starting them takes longer than all that they do."""
-    torch.set_num_threads(1)
-    for size in (3, 2):
-        if rank < size:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/meeting{size}", rank=rank, world_size=size)
-            torch.save(result_of(rank, size), f"{folder}/{size}-{rank}.pt")
-            dist.barrier()
-            dist.destroy_process_group()
-
-
 def result_of(rank, size):
     result = {}
     for case, counts in COUNTS[size].items():
@@ -165,11 +155,9 @@ def result_of(rank, size):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results():
     """What each of two, and of three processes found."""
-    folder = tmp_path_factory.mktemp("batch_norm")
-    multiprocessing.spawn(one_process, args=(str(folder),), nprocs=3)
-    return {size: [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)] for size in COUNTS}
+    return {size: in_a_group(size, result_of, size) for size in COUNTS}
 
 
 SETTINGS = [(size, case) for size, cases in COUNTS.items() for case in cases]
@@ -403,9 +391,8 @@ def test_on_cuda_an_empty_part_has_gradients_of_zero(monkeypatch):
     assert [float(p.grad.abs().sum()) for p in (upstream, layer.weight, layer.bias)] == [0, 0, 0]
 
 
-def on_one_gpu(rank, folder):
+def on_one_gpu(rank):
     """Two processes share it over gloo (NCCL wants one each): torch's function, called as on several GPUs."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {}
     for case, counts in COUNTS[2].items():
         layer = globalize_batch_norm(torch_s((3, 2))).cuda()
@@ -417,15 +404,12 @@ def on_one_gpu(rank, folder):
         half = GlobalBatchNorm(CHANNELS).cuda()(mine.detach().bfloat16())
         state = {name: value.cpu() for name, value in layer.state_dict().items()}
         found[case] = outputs, slopes, gradients, state, half.cpu()
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_cuda_too_several_processes_are_one(tmp_path):
-    multiprocessing.spawn(on_one_gpu, args=(str(tmp_path),), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+def test_on_cuda_too_several_processes_are_one():
+    found = in_a_group(2, on_one_gpu)
     for case, counts in COUNTS[2].items():
         layer, inputs = torch_s((3, 2)), rows(sum(counts), (3, 2)).requires_grad_()
         output = layer(inputs)

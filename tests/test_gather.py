@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from torch import distributed as dist
-from torch import multiprocessing, nn
+from processes import in_a_group
+from torch import nn
 
 from contrastive_core.gather import all_gather, first_row, world
 from contrastive_core.method import Batch
@@ -39,16 +39,14 @@ def loss_and_gradients(images):
     return loss.detach(), [p.grad for p in method.parameters()], images.grad, metrics
 
 
-def one_process(rank, folder):
+def one_process(rank):
     warnings.simplefilter("error", FutureWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     rows = torch.arange(6.0, dtype=torch.float64).add(10 * rank).view(2, 3).T.requires_grad_()  # not contiguous
     gathered = all_gather(rows)
     # this process weighs the gathered rows by 1 + rank, so that a row's gradient is the sum over both
     (gathered * (1 + rank) * torch.arange(6.0, dtype=torch.float64)[:, None]).sum().backward()
     loss, gradients, image_gradient, metrics = loss_and_gradients(grids(4)[2 * rank : 2 * rank + 2])
-    result = {
+    return {
         "world": world(),
         "first_row": first_row([3, 3]),
         "gathered": gathered.detach(),
@@ -58,16 +56,11 @@ def one_process(rank, folder):
         "image_gradient": image_gradient,
         "chance_loss": metrics["chance_loss"],
     }
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gather")
-    multiprocessing.spawn(one_process, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def two_processes():
+    return in_a_group(2, one_process)
 
 
 def test_alone_rows_are_returned_as_they_are():

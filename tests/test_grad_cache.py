@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from processes import in_a_group
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from contrastive_core.gather import world
@@ -242,10 +243,8 @@ def test_fp16_scales_once():
     assert float(cached[2]["encoder.0.weight"].norm() / exact.norm()) == pytest.approx(1024, rel=0.01)
 
 
-def one_process(rank, folder):
+def one_process(rank):
     warnings.simplefilter("ignore", FutureWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     mine = {"equal": slice(4 * rank, 4 * rank + 4), "unequal": slice(0, 5) if rank == 0 else slice(5, 8)}
     results = {}
     exchanges = []
@@ -271,16 +270,12 @@ def one_process(rank, folder):
     with half_precision(Accelerator(cpu=True), scale=1024.0) as accelerator:
         parts = [batch_of(part) for part in images(8, torch.float32)[:, mine["equal"]].split(2, dim=1)]
         results["fp16"] = cached_gradients(method, parts, accelerator)
-    torch.save((world(), results), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return world(), results
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grad_cache")
-    multiprocessing.spawn(one_process, args=(str(folder),), nprocs=2)
-    loaded = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def two_processes():
+    loaded = in_a_group(2, one_process)
     assert [place for place, _ in loaded] == [(0, 2), (1, 2)]
     return [results for _, results in loaded]
 

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from processes import in_a_group
 from torch import distributed as dist
-from torch import multiprocessing
 from torch.nn import functional as F
 
 from contrastive_core import check, losses
@@ -139,10 +139,8 @@ def gather_that_puts_back_its_own_rows(tensor, counts):
     return torch.cat(shards)
 
 
-def one_process(rank, folder):
+def one_process(rank):
     warnings.simplefilter("error", FutureWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     result = {"rows": losses_by_row([3, 3], rank), "candidates": candidates()}
     for name, counts in COUNTS.items():
         result[name] = {loss: gradient_of_joint(function, counts, rank) for loss, function in MEANS.items()}
@@ -175,16 +173,12 @@ def one_process(rank, folder):
     losses.all_gather = gather_that_puts_back_its_own_rows
     result["check of a partial gradient"] = check.check([3, 3], torch.float64)
     losses.all_gather = all_gather
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return result
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("losses")
-    multiprocessing.spawn(one_process, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def two_processes():
+    return in_a_group(2, one_process)
 
 
 @pytest.mark.parametrize("loss", ["info_nce", "info_nce, ring", "nt_xent", "siglip", "sup_con"])

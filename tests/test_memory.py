@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_a_group
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from contrastive_core.losses import info_nce
@@ -356,9 +357,7 @@ def under_ddp(rank):
     return state(model.queue)
 
 
-def one_process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def one_process(rank):
     queue, bank = trained(rank)
     sampled, keys = bank.sample(32)
     result = {
@@ -378,16 +377,12 @@ def one_process(rank, folder):
     result["queues differ"] = message(lambda: queue.append_(rows(2)))
     result["banks differ"] = message(lambda: bank.update_(torch.tensor([0]), rows(1)))
     result["sizes differ"] = message(lambda: FeatureQueue(SIZE + rank, DIM).append_(rows(1)))
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return result
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("memory")
-    multiprocessing.spawn(one_process, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def two_processes():
+    return in_a_group(2, one_process)
 
 
 def test_two_processes_hold_what_one_would_of_the_joint_batches(two_processes):

@@ -10,9 +10,10 @@ import warnings
 
 import pytest
 import torch
+from processes import in_a_group
 from small_methods import CLASSES, IMAGES, METHODS, batch_of, build, views_of
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from contrastive_core.batch_norm import globalize_batch_norm
@@ -127,23 +128,17 @@ def message(call):
     return "no error"
 
 
-def one_process(rank, folder):
+def one_process(rank):
     warnings.simplefilter("ignore", FutureWarning)  # accelerate's and DDP's own
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     results = {identity: train(*chosen) for identity, chosen in zip(IDS, RUNS, strict=True)}
     results["messages"] = {what: message(call) for what, call in groups_that_do_not_fit(rank).items()}
     results["no label on the second"] = no_label_on_the_second(rank)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("methods")
-    multiprocessing.spawn(one_process, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def two_processes():
+    return in_a_group(2, one_process)
 
 
 def not_joined(name, norm, key):

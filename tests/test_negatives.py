@@ -11,8 +11,9 @@ from itertools import combinations
 
 import pytest
 import torch
+from processes import in_a_group
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 
 from contrastive_core.grad_cache import CachedStep, average_gradients_
 from contrastive_core.losses import InfoNCELoss, SigmoidLoss, cosine_info_nce, info_nce
@@ -142,10 +143,8 @@ def test_the_choices_are_different_losses():
 # --- two processes
 
 
-def one_process(rank, folder):
+def one_process(rank):
     warnings.simplefilter("error", FutureWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     result = {}
     for share, counts in {"equal": [2, 2], "unequal": [1, 3]}.items():
         for choice in CHOICES:
@@ -159,9 +158,7 @@ def one_process(rank, folder):
     result["cached"] = cached(rank)
     result["own alone"] = error_of(lambda: cpc("other_images", gather=False)(batch(slice(rank, 2 * rank + 1))))
     result["too many"] = error_of(lambda: cpc("random", negatives_k=36)(batch(slice(2 * rank, 2 * rank + 2))))
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return result
 
 
 def error_of(call):
@@ -184,10 +181,8 @@ def cached(rank):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("negatives")
-    multiprocessing.spawn(one_process, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def two_processes():
+    return in_a_group(2, one_process)
 
 
 @pytest.mark.parametrize("share", ["equal", "unequal"])

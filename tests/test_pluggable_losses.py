@@ -8,8 +8,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from processes import in_a_group
 from torch import distributed as dist
-from torch import multiprocessing
 
 from contrastive_core.losses import (
     SigmoidLoss,
@@ -429,24 +429,18 @@ def error_of(function, *arguments):
     return "no error"
 
 
-def one_process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def one_process(rank):
     result = {
         name: {loss: gradients_of_joint(function, counts, rank) for loss, function in MEANS.items()}
         for name, counts in COUNTS.items()
     }
     result["misfits"] = {name: error_of(call, rank) for name, call in MISFITS.items()}
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return result
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pluggable")
-    multiprocessing.spawn(one_process, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def two_processes():
+    return in_a_group(2, one_process)
 
 
 @pytest.mark.parametrize("counts", list(COUNTS))

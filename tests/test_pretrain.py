@@ -12,8 +12,9 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
+from processes import on_processes
 from safetensors.torch import load_file
-from tiny_runs import on_processes, refused_run, tool_run
+from tiny_runs import refused_run, tool_run
 
 import cpc
 import cpc.run

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import on_processes
 from safetensors.torch import load_file
-from tiny_runs import on_processes, tool_run
+from tiny_runs import tool_run
 
 import cpc
 from contrastive_core.run_log import read_metrics

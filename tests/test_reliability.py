@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import CHECKOUT, launcher, run_command
 from PIL import Image
-from tiny_runs import TINY, in_a_child, run_killed_within_its_second_save, run_with_small_files, tiny_run
+from processes import in_a_child
+from tiny_runs import TINY, run_killed_within_its_second_save, run_with_small_files, tiny_run
 from torch import nn
 
 import cpc.run

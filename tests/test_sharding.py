@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 import warnings
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from processes import in_a_group, on_processes
 from safetensors.torch import load_file
-from tiny_runs import on_processes, tool_run
+from tiny_runs import tool_run
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 
 from contrastive_core.checkpoint import load_checkpoint_, optimizer_tensors, save_checkpoint, take_part
 from contrastive_core.losses import InfoNCELoss, NTXentLoss, SigmoidLoss
@@ -106,8 +106,6 @@ def tensors_of(module, optimizer):
 
 def one_process(rank, folder):
     warnings.simplefilter("ignore", FutureWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {}
     for name in OPTIMIZERS:
         module, optimizer = started(name, split=True)
@@ -118,12 +116,12 @@ def one_process(rank, folder):
         found[name] = norms, tensors_of(module, optimizer), tensors_of(averaged, optimizer)
         modules = {"net": module}
         if rank == 0:
-            save_checkpoint(Path(folder) / name, 2, modules, optimizer, {})
+            save_checkpoint(folder / name, 2, modules, optimizer, {})
         else:
             take_part(modules, optimizer)
         dist.barrier()
         module, optimizer = started(name, split=True)
-        load_checkpoint_(Path(folder) / name / "step_00000002", {"net": module}, optimizer)
+        load_checkpoint_(folder / name / "step_00000002", {"net": module}, optimizer)
         norms = steps(module, optimizer, lambda step: images(step)[2 * rank : 2 * rank + 2], start=2)
         found[f"{name} resumed"] = norms, tensors_of(module, optimizer)
     for name in LEARNED:
@@ -139,21 +137,17 @@ def one_process(rank, folder):
     found["shown"] = shown.state_dict(), {key: whole(value) for key, value in again.state_dict().items()}
     weight = next(again.parameters())
     found["there and back"] = whole(weight), whole(split_like(whole(weight).detach(), weight))
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("sharding")
-    multiprocessing.spawn(one_process, args=(str(made),), nprocs=2)
-    return made
+    return tmp_path_factory.mktemp("sharding")
 
 
 @pytest.fixture(scope="module")
 def processes(folder):
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return in_a_group(2, one_process, folder)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -9,9 +9,10 @@ import hydra
 import pytest
 import torch
 import yaml
+from processes import on_processes
 from safetensors.torch import load_file
 from small_digits import small_digits
-from tiny_runs import on_processes, tool_run
+from tiny_runs import tool_run
 from torch import nn
 from torch.optim import SGD, Adam
 

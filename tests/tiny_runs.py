@@ -1,29 +1,16 @@
-"""Tiny runs in processes of their own, which can be killed (see test_reliability), or are several of one run.
-
-A server forks them that has imported everything and computed nothing. Forked from the tests' own process they would all
-fail at their first gradient once a test before has started autograd's threads (torch.export does), and a run that has
-failed looks much like one that was killed.
-"""
+"""Tiny runs, for processes of their own (see processes.py): some are killed, some are one of several."""
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pytest
-import torch
-from conftest import CHECKOUT, free_port
 
 import cpc.run
 from contrastive_core import checkpoint
@@ -51,46 +38,6 @@ def refused_run(said: str, *overrides: str) -> None:
     """One that ends in a ValueError that says this."""
     with pytest.raises(ValueError, match=said):
         tool_run("pretrain_cpc", *overrides)
-
-
-@functools.cache
-def _server() -> ForkServerContext:
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch:  # Python 3.11 hands sys.path over and does not look at it
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(CHECKOUT / "tests"), str(CHECKOUT)]))
-        forkserver.ensure_running()
-    return server
-
-
-@contextmanager
-def in_a_child(job: Callable[..., Any], *arguments: object) -> Iterator[BaseProcess]:
-    """`job(*arguments)` in a process of its own, which has ended afterwards: by itself, or killed within."""
-    child = _server().Process(target=job, args=arguments)
-    child.start()
-    try:
-        yield child
-    finally:
-        child.join()
-    assert child.exitcode in (0, -signal.SIGKILL), f"it failed with exit code {child.exitcode}: its output says why"
-
-
-def on_processes(count: int, job: Callable[..., Any], *arguments: object) -> None:
-    """`job(*arguments)` in so many processes of one run, as a launcher starts them, in a third of its time."""
-    port = free_port()
-    children = [_server().Process(target=_as_one_of, args=(count, port, rank, job, arguments)) for rank in range(count)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0] * count, "their output says why"
-
-
-def _as_one_of(count: int, port: int, rank: int, job: Callable[..., Any], arguments: tuple[object, ...]) -> None:
-    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in named.items()})
-    job(*arguments)
-    torch.distributed.destroy_process_group()
 
 
 class Killer:
