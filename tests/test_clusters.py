@@ -54,6 +54,7 @@ def launched(config: str, folder: Path, *options: str) -> list[str]:
     return [sys.executable, *LAUNCH, str(FOLDER / f"{config}.yaml"), *options, tool, *TINY, f"run_dir={folder}"]
 
 
+@pytest.mark.slow
 def test_eight_gpus_are_two_processes_here(tmp_path):
     """With the negatives of each process alone: 4 images of 36 patches."""
     command = launched("eight_gpus", tmp_path / "run", "--num_processes", "2")

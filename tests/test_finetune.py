@@ -8,7 +8,9 @@ import torch
 import yaml
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from processes import on_processes
 from safetensors.torch import load_file
+from tiny_runs import tool_run
 
 import cpc
 import cpc.distill  # registers its schema
@@ -451,11 +453,9 @@ def test_imagenets_experiments_are_the_published_commands(percent, steps):
     assert dict(cfg.augmentation) == {"crop": None, "flip": None}
 
 
-def test_two_processes_are_one(launch_tool, compose, simclr_run, tmp_path):
+def test_two_processes_are_one(compose, simclr_run, tmp_path):
     options = [f"run={simclr_run}", "labels=20", "steps=3", "head_layer=1", "device=cpu", "threads=1", "log_every=1"]
-    two = launch_tool("tools/finetune.py", *options, "run_dir=two", processes=2)
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("fine-tuned: test accuracy") == 1
+    on_processes(2, tool_run, "finetune", *options, f"run_dir={tmp_path / 'two'}")
     finetune(compose(*options, f"run_dir={tmp_path / 'one'}", name="finetune"))
     for a, b in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -466,3 +466,11 @@ def test_two_processes_are_one(launch_tool, compose, simclr_run, tmp_path):
     records = [json.loads((tmp_path / name / "test.json").read_text()) for name in ("two", "one")]
     assert records[0]["rows"][0]["accuracy"] == pytest.approx(records[1]["rows"][0]["accuracy"], abs=0.003)
     assert sum(map(sum, records[0]["confusion"])) == 1000
+
+
+@pytest.mark.slow
+def test_of_two_processes_of_a_launcher_one_tells_the_result(launch_tool, simclr_run, tmp_path):
+    options = [f"run={simclr_run}", "labels=20", "steps=1", "device=cpu", "run_dir=two"]
+    two = launch_tool("tools/finetune.py", *options, processes=2)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("fine-tuned: test accuracy") == 1

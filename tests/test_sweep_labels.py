@@ -662,7 +662,7 @@ def test_features_are_encoded_once_for_all_cells(bench, runs):
 
 
 def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
-    made = bench("labels=[20]", "seeds=2", "steps.classifier={least:20,passes:0,most:20}")
+    made = bench("labels=[20]", "seeds=2", "steps.classifier={least:8,passes:0,most:8}")
     for protocol in ("cnn", "patches", "classifier", "finetune"):
         arm = Arm("scratch" if protocol in ("cnn", "patches") else "CPC", protocol, str(runs[0]))
         first, again, other = (
