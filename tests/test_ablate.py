@@ -105,7 +105,7 @@ def test_pairs_are_the_whole_pipeline_of_both_views_or_of_one(composed):
     _, cells = composed("augmentation_pairs")
     assert steps_of(build(cells["crop", "crop"].views)) == [["RandomResizedCrop"]] * 2
     assert steps_of(build(cells["crop", "jitter"].views)) == [["RandomResizedCrop", "ColourJitter"]] * 2
-    assert steps_of(build(cells["noise", "noise"].views)) == [["CentreFit", "GaussianNoise"]] * 2
+    assert steps_of(build(cells["elastic", "elastic"].views)) == [["CentreFit", "ElasticDeformation"]] * 2
     _, cells = composed("augmentation_pairs_one_branch")
     assert steps_of(build(cells["crop", "blur"].views)) == [["RandomResizedCrop", "GaussianBlur"], ["CentreFit"]]
     grid, _ = composed("augmentation_pairs_photos")

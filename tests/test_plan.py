@@ -126,9 +126,9 @@ def test_precision_is_the_planned_machines_and_not_this_ones(call_tool, capsys, 
     assert said["left open"] == said["bf16"] != said["no"]
 
 
-def test_from_the_command_line(run_tool):
-    done = run_tool("tools/plan.py", *PAPER, "--devices", "8", "--images-per-second", "199.6")
-    assert done.returncode == 0, done.stderr
-    assert "353.5 M" in done.stdout
-    assert "64; 78 fit 80 GiB" in done.stdout
+def test_from_the_command_line(call_tool, capsys):
+    call_tool(main, *PAPER, "--devices", "8", "--images-per-second", "199.6")
+    printed = capsys.readouterr().out
+    assert "353.5 M" in printed
+    assert "64; 78 fit 80 GiB" in printed
     assert not torch.cuda.is_initialized()

@@ -95,9 +95,8 @@ def killed_within_a_save(folder, at):
     return child.exitcode != 0
 
 
-@pytest.mark.parametrize("at", [0, 7, 13])
-def test_killed_within_a_save(start, whole, tmp_path, at):
-    assert killed_within_a_save(tmp_path / "parts", at)
+def test_killed_within_a_save(start, whole, tmp_path):
+    assert killed_within_a_save(tmp_path / "parts", at=7)
     kept = {folder.name for folder in (tmp_path / "parts/checkpoints").glob("step_*")}
     assert kept in ({"step_00000003"}, {"step_00000003", "step_00000006"})
     assert_the_same(start("parts"), whole)

@@ -351,16 +351,17 @@ def test_a_cell_of_settings_that_all_diverge_says_what_to_pass(configured, capsy
     assert re.search(said, capsys.readouterr().out)
 
 
-def test_a_failed_cell_leaves_the_other_shards_alone(runs, tmp_path, run_tool):
+def test_a_failed_cell_leaves_the_other_shards_alone(runs, tmp_path, call_tool, capsys):
     """Shard 0 has the cells of 20 labels, whose CNN diverges; shard 1 comes after it."""
     cells = ["labels=[20,40]", "seeds=1", "scratch=[cnn,svm]", "random=[]", "protocols=[]"]
     diverges = [f"settings.scratch=[{DIVERGES}]", "scratch_times=2"]
     shards = ["-m", "shard=0,1", "shards=2"]
-    done = run_tool(
-        "tools/sweep_labels.py", f"runs={runs[0]}", *SMALL, *STEPS[:2], *cells, *diverges, *shards, "out=out"
-    )
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.strip().splitlines()[-1] == "1 of 2 cells failed: the same command tries them again"
+    out = f"out={tmp_path / 'out'}"
+    with pytest.raises(SystemExit) as ended:
+        call_tool(cpc.sweep_labels.main, f"runs={runs[0]}", *SMALL, *STEPS[:2], *cells, *diverges, *shards, out)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1] == "1 of 2 cells failed: the same command tries them again"
     assert {path.parent.name for path in files(tmp_path / "out")} == {"svm"}
     assert len(files(tmp_path / "out")) == 2
 
@@ -831,7 +832,7 @@ def test_one_label_a_class_takes_the_setting_that_was_fixed_beforehand(bench, ru
 # ---- from the command line ----
 
 
-def test_transfer_and_the_command_line(runs, tmp_path, run_tool):
+def test_transfer_and_the_command_line(runs, tmp_path, run_tool, call_tool, capsys):
     """Another labelled data set than the run's: folders of larger images, a class each."""
     from PIL import Image
 
@@ -853,9 +854,10 @@ def test_transfer_and_the_command_line(runs, tmp_path, run_tool):
     assert {(row["method"], row["labels"]) for row in rows} == {
         (method, labels) for method in ("scratch", "random", "CPC") for labels in (2, 8)
     }
-    wrong = run_tool("tools/sweep_labels.py", f"runs=[{tmp_path}]", *data, *few)
-    assert wrong.returncode == 2
-    assert wrong.stderr.strip().splitlines()[-1].startswith("error: no encoder.safetensors")
+    with pytest.raises(SystemExit) as ended:
+        call_tool(cpc.sweep_labels.main, f"runs=[{tmp_path}]", *data, *few)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no encoder.safetensors")
 
 
 # ---- how long ----
