@@ -162,7 +162,7 @@ def several(*cells: tuple[int, int, int], draws: int = 2) -> list[CellResult]:
 
 
 def test_a_missing_cell_costs_nothing_but_itself():
-    """Of two runs and two choices any one: a choice's mean is over the runs that have it, and none is left out."""
+    """Of two runs and two choices any one: it is filled in as its run is in the other choice, and none is left out."""
     runs = [(0, 0, 20), (0, 1, 20), (1, 0, 20), (1, 1, 20)]
     whole = found([*scratch(0, 1), *several(*runs)])[10]
     assert [whole[name] for name in ("saving", "low", "high", "saves", "draws", "runs")] == ["4.0"] * 3 + [True, 2, 2]
@@ -174,7 +174,7 @@ def test_a_missing_cell_costs_nothing_but_itself():
     assert right.isnan().any(2).tolist() == [[False, False], [False, True]]
 
 
-def test_a_second_runs_first_cell_changes_little_and_a_double_nothing():
+def test_a_second_runs_first_cell_counts_in_every_choice_and_a_double_changes_nothing():
     """Three choices of run 0, right on 14, 20 and 26; of run 1 the first alone, the same or another."""
     one_run = [(0, 0, 14), (0, 1, 20), (0, 2, 26)]
     alone = found([*scratch(0, 1, 2), *several(*one_run, draws=3)])[10]
@@ -184,8 +184,8 @@ def test_a_second_runs_first_cell_changes_little_and_a_double_nothing():
     for end in ("low", "high"):  # of other random numbers
         assert float(double[end]) == pytest.approx(float(alone[end]), rel=0.1)
     more = found([*scratch(0, 1, 2), *several(*one_run, (1, 0, 16), draws=3)])[10]
-    assert (more["saving"], more["draws"]) == (f"{4 * 4 ** (1 / 3 / 12):.1f}", 3), (
-        "in the mean a third of an image more"
+    assert (more["saving"], more["draws"]) == (f"{4 * 4 ** (1 / 12):.1f}", 3), (
+        "it is two images better: in the mean of both runs one more"
     )
 
 

@@ -143,15 +143,16 @@ def saving_interval(
     Args:
         count: labels of the pre-trained network, n.
         pretrained: `runs draws images`, whether it was right: a row for each pre-training run and label draw. A row of
-            NaN is one that is not there: its draw is the mean over the other runs.
+            NaN is one that is not there: it is taken to differ from the other runs of its draw as its run does in the
+            draws that both have.
         scratch: `draws images` by number of labels: the same label draws and test images, from scratch. A row of NaN is
             a draw that is not there: its point is the mean over the others.
         resamples: at least 1.
         level: of the interval, between 0 and 1.
         seed: of the resampling.
 
-    What is not there is not there in every resample either. A point weighs as many as it has draws where the curve is
-    made to rise. With one pre-training run the interval leaves the luck of pre-training out.
+    A draw from scratch that is not there is not there in any resample. A point weighs as many as it has draws where the
+    curve is made to rise. With one pre-training run the interval leaves the luck of pre-training out.
 
     Raises ValueError for shapes that do not fit each other, a point without a draw, a draw without a run, fewer than
     one label or resample, another level.
@@ -165,7 +166,7 @@ def saving_interval(
     _check_shapes(pretrained, scratch)
     labels = sorted(scratch)
     curves, there = _without_nan(torch.stack([scratch[number].double() for number in labels]))
-    right, there_too = _without_nan(pretrained.double())
+    right = _filled_in(pretrained.double())
     points_weigh = there.sum(1).double().tolist()
     runs, draws, images = right.shape
     generator = torch.Generator().manual_seed(seed)
@@ -173,16 +174,14 @@ def saving_interval(
     for part in torch.arange(resamples).split(_AT_ONCE):
         weights = _redrawn(images, len(part), generator) / images
         chosen_runs, chosen_draws = (_redrawn(number, len(part), generator) / number for number in (runs, draws))
-        of_runs = _over_those_there(chosen_runs, there_too.T)
-        mean = torch.einsum("r d i, s i, s d r, s d -> s", right, weights, of_runs, chosen_draws)
+        mean = torch.einsum("r d i, s i, s r, s d -> s", right, weights, chosen_runs, chosen_draws)
         curve = torch.einsum("l d i, s i, s l d -> s l", curves, weights, _over_those_there(chosen_draws, there))
         values += [
             label_saving(count, one, labels, points, points_weigh).value
             for one, points in zip(mean.tolist(), curve.tolist(), strict=True)
         ]
     means = (curves.mean(2) * there).sum(1) / there.sum(1)
-    reached = ((right.mean(2) * there_too).sum(0) / there_too.sum(0)).mean().item()
-    point = label_saving(count, reached, labels, means.tolist(), points_weigh)
+    point = label_saving(count, right.mean().item(), labels, means.tolist(), points_weigh)
     tails = [(1 - level) / 2, (1 + level) / 2]
     # an end that is censored is an infinity: no mean with its neighbour, which would be one too
     ends = np.quantile(values, tails, method="nearest").tolist()
@@ -196,6 +195,26 @@ def _without_nan(right: Tensor) -> tuple[Tensor, Tensor]:
     return right.nan_to_num(), ~right.isnan().any(-1)
 
 
+def _filled_in(right: Tensor) -> Tensor:
+    """`runs draws images` with what is not there (NaN) as the sum of a run's part and a draw's part, by least squares.
+
+    So a lucky run that was measured more often than the others does not stand for them: cells that are missing are
+    as much worse as their runs are elsewhere. Where runs share no draw a cell is what the draw's other runs are.
+
+    Example: of runs with 1 and 3 in one draw, and 2 and nothing in another, the fourth is 4.
+    """
+    known, there = _without_nan(right)
+    if there.all():
+        return known
+    runs, draws = there.shape
+    little = 1e-4  # the smallest parts that fit: where nothing tells runs and draws apart, it is the draw
+    of_run = little * torch.eye(runs, dtype=right.dtype)[:, None].expand(runs, draws, runs)
+    of_draw = torch.eye(draws, dtype=right.dtype)[None].expand(runs, draws, draws)
+    parts = torch.cat([of_run, of_draw], dim=2)
+    fitted = parts @ (torch.linalg.pinv(parts[there]) @ known[there])
+    return torch.where(there[..., None], known, fitted)
+
+
 def _redrawn(count: int, resamples: int, generator: torch.Generator) -> Tensor:
     """How often each of `count` is among as many draws with replacement: `resamples count`, rows that sum to count."""
     drawn = torch.randint(count, (resamples, count), generator=generator)
@@ -205,8 +224,7 @@ def _redrawn(count: int, resamples: int, generator: torch.Generator) -> Tensor:
 def _over_those_there(weights: Tensor, there: Tensor) -> Tensor:
     """Weights for each point, which sum to 1 over what it has; all alike where nothing of that was drawn.
 
-    Args: `weights`: `resamples draws`; `there`: `points draws` bool. Returns `resamples points draws`. The same for
-    each draw's runs.
+    Args: `weights`: `resamples draws`; `there`: `points draws` bool. Returns `resamples points draws`.
     """
     of_point = weights[:, None] * there
     none = of_point.sum(2, keepdim=True) == 0
