@@ -80,9 +80,9 @@ STUDIES = {
             ["labels=[20,40,100,200,400]", "scratch=[logistic,svm,cnn]", "protocols=[]", "random=[]"],
             ["labels=[20,40,100,200]", "scratch=[]", "protocols=[linear,classifier]", "random=[]"],
             ["labels=[40]", "scratch=[]", "protocols=[finetune]", "random=[linear]"],
-            ["labels=[40,100,400]", "scratch=[patches]", "protocols=[]", "random=[]"],
+            ["labels=[20,40,100,400]", "scratch=[patches]", "protocols=[]", "random=[]"],
             ["labels=[20,100]", "scratch=[]", "protocols=[finetune]", "random=[linear]"],
-            ["labels=[40,100,400]", "scratch=[image]", "protocols=[knn]", "random=[classifier]"],
+            ["labels=[20,40,100,400]", "scratch=[image]", "protocols=[knn]", "random=[classifier]"],
         ],
     ),
     "cifar10": Study(
@@ -94,7 +94,7 @@ STUDIES = {
         sweep=["readout=context", "precision=bf16", "steps.finetune.most=2000", "scratch_times=10", "encodings=16384"],
         parts=[
             ["fractions=[0.01]", "scratch=[logistic,svm,cnn]", "protocols=[linear,classifier]", "random=[linear]"],
-            ["fractions=[0.02]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
+            ["fractions=[0.02]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[linear]"],
             ["fractions=[0.05,0.1]", "scratch=[]", "protocols=[linear,classifier]", "random=[]"],
             ["fractions=[0.05]", "scratch=[cnn]", "protocols=[]", "random=[]"],
             ["fractions=[0.01]", "scratch=[image]", "protocols=[finetune]", "random=[]"],
@@ -121,7 +121,8 @@ STUDIES = {
             ["labels_per_class=[10,20]", "scratch=[logistic]", "protocols=[linear]", "random=[]"],
             ["labels_per_class=[2,5,10]", "scratch=[]", "protocols=[classifier]", "random=[]"],
             ["labels_per_class=[10,20]", "scratch=[cnn]", "protocols=[linear]", "random=[]"],
-            ["labels_per_class=[2,5]", "scratch=[svm,image,patches]", "protocols=[finetune]", "random=[]"],
+            ["labels_per_class=[1,2,5,10,20]", "scratch=[svm]", "protocols=[]", "random=[]"],
+            ["labels_per_class=[2,5]", "scratch=[image,patches]", "protocols=[finetune]", "random=[]"],
         ],
     ),
 }

@@ -91,10 +91,10 @@ class CellFolder:
                 raise ValueError(f"{written} has the labels of {amount}: pass {result['amount']}, or another out")
 
     def trained_from_scratch(self) -> Any:
-        """The architecture that "image" and "patches" have trained; None where there is neither."""
+        """The architecture and input of what "image" and "patches" have trained; None where there is neither."""
         for protocol in OF_THE_SAME_NETWORK:
             for written in sorted((self.path / f"{SCRATCH}-0" / protocol).glob("*.json")):
-                return json.loads(written.read_text())["asked"]["encoder"]["architecture"]
+                return json.loads(written.read_text())["asked"]["encoder"]
         return None
 
     def _files(self) -> list[Path]:

@@ -141,7 +141,7 @@ def ordinary(bench: Bench, arm: Arm) -> nn.Module:
 
 
 def normalisation_of(run: str) -> dict[str, Any]:
-    """What the CNN takes from the first run: how large images are, and their mean and deviation."""
+    """What the CNN takes from a run: how large images are, and their mean and deviation."""
     fed = read_card(run)[1]["input"]
     return {name: fed.get(name) for name in ("image_size", "load_size", "mean", "std")}
 

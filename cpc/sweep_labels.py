@@ -187,11 +187,19 @@ def _repeats(first: str, other: str) -> bool:
 def arms_of(cfg: DictConfig) -> list[Arm]:
     """Every arm, those from scratch first; without "patches" from scratch where the first run's encoder has none.
 
+    The same network from scratch is the first run's; the ordinary one sees images as large as any run's, so that no run
+    is held against a network that sees less than it does.
+
     Raises ValueError for "head" where no run has one.
     """
     first = str(cfg.runs[0])
     groups = grouped_runs(list(cfg.runs))
-    arms = [Arm(SCRATCH, protocol, first) for protocol in cfg.scratch if protocol != "patches" or has_patches(first)]
+    largest = max(map(str, cfg.runs), key=lambda run: read_card(run)[1]["input"]["image_size"])
+    arms = [
+        Arm(SCRATCH, protocol, largest if protocol == "cnn" else first)
+        for protocol in cfg.scratch
+        if protocol != "patches" or has_patches(first)
+    ]
     arms += [Arm("random", protocol, first) for protocol in cfg.random]
     with_head = [run for run in cfg.runs if read_card(run)[1].get("head")]
     if "head" in cfg.protocols and not with_head:
@@ -210,12 +218,18 @@ def has_patches(run: str) -> bool:
     return bool(read_card(run)[1]["input"].get("patch_size"))
 
 
-def other_networks(groups: Mapping[str, Sequence[str]], architecture: Any) -> list[str]:
-    """The methods whose network is another than that of an architecture, or whose run is not there to say."""
+def network_of(encoder: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes two networks the same, of a card or of what a cell depends on: architecture, image and patch size."""
+    fed = encoder["input"]
+    return encoder["architecture"], fed["image_size"], fed.get("patch_size")
+
+
+def other_networks(groups: Mapping[str, Sequence[str]], encoder: Mapping[str, Any] | None) -> list[str]:
+    """The methods whose network is another than this one, or whose run is not there to say."""
 
     def has_it(run: str) -> bool:
         try:
-            return bool(read_card(run)[1]["architecture"] == architecture)
+            return encoder is not None and network_of(read_card(run)[1]) == network_of(encoder)
         except (FileNotFoundError, ValueError):
             return False
 
@@ -235,7 +249,7 @@ def take_over_(cfg: DictConfig) -> None:
     flips = [flip for run in cfg.runs if (flip := run_augmentation(run)["flip"]) is not None]
     if cfg.augmentation.flip is None and flips:
         cfg.augmentation.flip = min(flips)
-    cfg.cnn = sized_cnn(plain(cfg.cnn), inputs[0]["image_size"])
+    cfg.cnn = sized_cnn(plain(cfg.cnn), max(fed["image_size"] for fed in inputs))
     check_complete(cfg)
 
 
@@ -401,7 +415,7 @@ def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
         watched = ", ".join(probed)
         said.append(f"a kNN probe with labels of training images watched pre-training, for its log alone: {watched}")
     groups, first = grouped_runs(list(cfg.runs)), str(cfg.runs[0])
-    others = other_networks(groups, read_card(first)[1]["architecture"])
+    others = other_networks(groups, read_card(first)[1])
     if others and set(cfg.scratch) & set(OF_THE_SAME_NETWORK):
         said.append(f"the network from scratch is that of {first}: {', '.join(others)} is not held against it alone")
     if "patches" in cfg.scratch and not has_patches(first):

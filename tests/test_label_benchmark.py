@@ -99,3 +99,28 @@ def test_recorded_results_are_of_the_recorded_cells(name):
             draws.setdefault(cell["seed"], []).append(cell["accuracy"])
         assert len(cells) == row["cells"]
         assert statistics.mean(map(statistics.mean, draws.values())) == pytest.approx(row["accuracy"])
+
+
+def listed(part, key):
+    """A list of a part's, `key=[a,b]`; [] where it has none."""
+    return next((given.partition("=[")[2].rstrip("]").split(",") for given in part if given.startswith(f"{key}=[")), [])
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "caltech101"])
+def test_the_command_makes_every_recorded_cell(benchmark, name):
+    """Else who runs it has another curve from scratch than the one that is shown, and another saving."""
+    amounts = {"labels": "labels", "labels_per_class": "labels_per_class", "fraction": "fractions"}
+    asked = {
+        (first, protocol, f"{amount}={number}")
+        for part in benchmark.STUDIES[name].parts
+        for first, protocols in (("scratch", "scratch"), ("random", "random"), ("run", "protocols"))
+        for protocol in listed(part, protocols)
+        for amount, key in amounts.items()
+        for number in listed(part, key)
+    }
+    packed = json.loads(lzma.decompress((BENCHMARKS / "label_efficiency" / f"{name}-cells.json.xz").read_bytes()))
+    recorded = {
+        (method if (method := cell["method"]) in ("scratch", "random") else "run", cell["protocol"], cell["amount"])
+        for cell in packed.values()
+    }
+    assert recorded <= asked, recorded - asked

@@ -29,6 +29,7 @@ from contrastive_core.data import (
 from contrastive_core.evaluate.selection import Rows, choose_setting
 from cpc import label_recipes
 from cpc.configs import config_folder
+from cpc.encoder_card import read_card
 from cpc.entry import Incomplete
 from cpc.label_bench import Arm, Cell, choices_of, run_fingerprint, usable
 from cpc.label_costs import duration, planned_seconds
@@ -36,11 +37,13 @@ from cpc.label_protocols import Length, linear, nearest
 from cpc.label_recipes import DEPENDS, RECIPES, asked_of, networks_from_scratch, protocol_of, protocols_of
 from cpc.pretrain import pretrain
 from cpc.sweep_labels import (
+    arms_of,
     bench_of,
     cells_of,
     check_asked,
     grouped_runs,
     lengths_of,
+    other_networks,
     share_of,
     sized_cnn,
     sweep,
@@ -385,15 +388,23 @@ def test_the_report_says_where_steps_were_cut_short(configured, tmp_path):
 
 
 def test_images_are_as_large_as_any_runs(runs, tmp_path):
-    """Of a run on 28 px and one on 60: nothing is enlarged, and the ordinary network is the first run's."""
+    """Of a run on 28 px and one on 96, in either order: no run is held against a network that sees less than it."""
     larger = tmp_path / "larger"
     shutil.copytree(runs[0], larger)
     card = json.loads((larger / "encoder.json").read_text())
-    card["input"] |= {"load_size": 60, "image_size": 60}
+    card["input"] |= {"load_size": 96, "image_size": 96}
     (larger / "encoder.json").write_text(json.dumps(card))
-    cfg = composed("sweep_labels", f"runs=[{runs[0]},{larger}]", "out=x", "labels=[20]")
-    take_over_(cfg)
-    assert (cfg.load_size, len(cfg.cnn.widths)) == (60, 4)
+    for both in ([str(runs[0]), str(larger)], [str(larger), str(runs[0])]):
+        cfg = composed(
+            "sweep_labels", f"runs=[{','.join(both)}]", "out=x", "labels=[20]", "scratch=[cnn,image,patches]"
+        )
+        take_over_(cfg)
+        assert (cfg.load_size, cfg.cnn.stem) == (96, "imagenet")
+        networks = {arm.protocol: arm.run for arm in arms_of(cfg) if arm.method == "scratch"}
+        assert networks == {"cnn": str(larger), "image": both[0], "patches": both[0]}
+        ours, theirs = (read_card(run)[1] for run in both)
+        assert other_networks({"one": [both[0]], "other": [both[1]]}, ours) == ["other"]
+        assert other_networks({"one": [both[0]], "other": [both[1]]}, theirs) == ["one"]
 
 
 def test_an_encoder_of_one_cell_is_read_whole():
