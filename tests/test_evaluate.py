@@ -386,6 +386,18 @@ def test_many_rows_hold_out_one_part() -> None:
     assert sorted(np.concatenate([held for _, held in parts])) == list(range(90))
 
 
+def test_the_only_row_of_a_class_is_in_every_fit_and_keeps_no_other_class_from_choosing():
+    labels = np.array([0, 1, 2, 1, 0, 1, 0])
+    parts = folds_of(labels, 5, 0)
+    assert len(parts) == 3
+    for fit, held in parts:
+        assert 2 in fit
+        assert sorted([*fit, *held]) == list(range(7))
+    assert sorted(row for _, held in parts for row in held) == [0, 1, 3, 4, 5, 6]
+    assert folds_of(np.array([0, 1, 2, 2, 2]), 5, 0) == []  # one class alone to hold out tells nothing
+    assert folds_of(np.array([0, 1, 2]), 5, 0) == []
+
+
 @pytest.mark.parametrize("classifier", [linear_probe, svm_probe, ridge_probe])
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -154,21 +154,29 @@ def check_rows(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor)
 
 
 def folds_of(labels: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rows to fit, rows held out) of each stratified fold; empty when a class has a single row.
+    """(rows to fit, rows held out) of each stratified fold; empty where fewer than two classes have several rows.
 
-    From HELD_OUT_FROM rows on there is one such pair, of at most MOST_ROWS_TO_CHOOSE rows, a fifth held out.
+    The only row of a class is in every fit and never held out. From HELD_OUT_FROM rows on there is one such pair, of at
+    most MOST_ROWS_TO_CHOOSE rows, a fifth held out.
     """
     from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 
-    folds = min(folds, int(np.unique(labels, return_counts=True)[1].min()))
-    if folds < 2:
+    _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    several, alone = np.flatnonzero(counts[place] > 1), np.flatnonzero(counts[place] == 1)
+    folds = min(folds, int(counts[counts > 1].min(initial=folds)))
+    if folds < 2 or (counts > 1).sum() < 2:
         return []
-    rows = np.zeros(len(labels))  # scikit-learn wants features, and looks at their number only
-    if len(labels) < HELD_OUT_FROM:
-        return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(rows, labels))
-    most = min(len(labels), MOST_ROWS_TO_CHOOSE)
-    split = StratifiedShuffleSplit(1, train_size=most - most // 5, test_size=most // 5, random_state=seed)
-    return list(split.split(rows, labels))
+    rows, classes = (
+        np.zeros(len(several)),
+        labels[several],
+    )  # scikit-learn wants features, and looks at their number only
+    if len(several) < HELD_OUT_FROM:
+        parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(rows, classes)
+    else:
+        most = min(len(several), MOST_ROWS_TO_CHOOSE)
+        split = StratifiedShuffleSplit(1, train_size=most - most // 5, test_size=most // 5, random_state=seed)
+        parts = split.split(rows, classes)
+    return [(np.concatenate([several[fit], alone]), several[held]) for fit, held in parts]
 
 
 def _choose(x: np.ndarray, y: np.ndarray, strengths: Sequence[float], folds: int, seed: int) -> float:
