@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
         try:
             protocol = protocol_of(bench, arm, fewest)
             copies = seconds_of_copies(protocol)
-            trial, image = timings(protocol, fewest)
+            trial, image = timings(with_one_copy(protocol), fewest)
             seconds |= {
                 cell: whole_trials(len(protocol.settings), len(selection_parts(bench.labels[labels])))
                 * trial * protocol.cost(len(labels)) / protocol.cost(len(fewest))
@@ -39,14 +40,25 @@ def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
     return seconds
 
 
+def with_one_copy(protocol: LabelProtocol[Any]) -> LabelProtocol[Any]:
+    """The same with one augmented copy of an image, where they are encoded first: a plan is not to wait for all."""
+    if isinstance(protocol, FinetuneProtocol):
+        return replace(protocol, first=replace(protocol.first, encodings=1))
+    return replace(protocol, encodings=1) if isinstance(protocol, LatentProtocol) else protocol
+
+
 def seconds_of_copies(protocol: LabelProtocol[Any]) -> float:
-    """Seconds that a cell's augmented copies take to encode, about as many whatever its labels; 0 where it has none."""
+    """Seconds that a cell's augmented copies take to encode, by one of an image; 0 where it has none.
+
+    They are about as many whatever the cell's labels.
+    """
     latents = protocol.first if isinstance(protocol, FinetuneProtocol) else protocol
     if not isinstance(latents, LatentProtocol):
         return 0.0
+    one = replace(latents, encodings=1)
     began = time.perf_counter()
-    _ = latents.copies
-    return time.perf_counter() - began
+    _ = one.copies
+    return (time.perf_counter() - began) * latents.copies_each
 
 
 def timings(protocol: LabelProtocol[Any], chosen: Tensor) -> tuple[float, float]:

@@ -307,6 +307,11 @@ class LatentProtocol:
         """As `LabelProtocol.cost`."""
         return self.training.steps_for(labels)
 
+    @property
+    def copies_each(self) -> int:
+        """How often each of the chosen images is augmented and encoded."""
+        return min(64, max(1, self.encodings // len(self.chosen)))
+
     @cached_property
     def copies(self) -> Tensor:
         """Latents of the chosen images, augmented so many times: `copies m rows cols d`."""
@@ -315,7 +320,7 @@ class LatentProtocol:
             self.training.splits.train.subset(self.chosen),
             self.training.views,
             self.training.accelerator,
-            copies=min(64, max(1, self.encodings // len(self.chosen))),
+            copies=self.copies_each,
             seed=0,
             batch_size=self.encoder.batch_size,
         )

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import hydra
 import pytest
@@ -27,7 +28,7 @@ from contrastive_core.data import (
     split_digest,
 )
 from contrastive_core.evaluate.selection import Rows, choose_setting
-from cpc import label_recipes
+from cpc import label_protocols, label_recipes
 from cpc.configs import config_folder
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete
@@ -824,6 +825,26 @@ def test_a_plan_counts_every_trial_in_every_fold_the_test_images_and_the_copies(
     # a network takes as many steps for either, a probe's cost rises with its labels; 100 test images
     seconds = [5 * 2 + 1 + 3, 7 * 2 + 1 + 3, 5 * 2 + 1 + 3, 7 * 2 * 2 + 1 + 3]
     assert planned_seconds(made, cells) == pytest.approx(dict(zip(cells, seconds, strict=True)))
+
+
+def test_a_plan_waits_for_one_copy_of_an_image_and_counts_all(bench, runs, monkeypatch):
+    """Of 20 labels and encodings=40 a cell encodes two of each."""
+    made = bench("labels=[20]", "seeds=1")
+    encoded, clock = [], iter(range(1000))
+    encode = label_protocols.encoded_copies
+
+    def counted(*arguments, copies, **options):
+        encoded.append(copies)
+        return encode(*arguments, copies=copies, **options)
+
+    monkeypatch.setattr(label_protocols, "encoded_copies", counted)
+    monkeypatch.setattr(cpc.label_costs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    chosen = made.choices[LabelAmount("labels", 20), 0].indices
+    for name in ("classifier", "finetune"):
+        protocol = protocol_of(made, Arm("CPC", name, str(runs[0])), chosen)
+        assert cpc.label_costs.seconds_of_copies(protocol) == 2  # a tick for one
+        cpc.label_costs.timings(cpc.label_costs.with_one_copy(protocol), chosen)
+    assert encoded == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (90, "90 s"), (600, "10 min"), (7200, "2.0 h")])
