@@ -8,7 +8,12 @@ small label sweep: the curve of frozen features, and one fine-tuned point agains
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +119,48 @@ ONE_POINT = [
 """With settings that were fixed beforehand: choosing takes five times as long."""
 
 
-def label_curve(run_dir: Path, cfg: DictConfig, splits: Splits) -> Path:
-    """A sweep of seconds: returns its folder, `run_dir/labels`."""
+def sweeps_of(run_dir: Path, cfg: DictConfig, splits: Splits) -> tuple[DictConfig, DictConfig]:
+    """The curve of frozen features, and the point, as far as there are labels for them; both into `run_dir/labels`.
+
+    With half of the threads: two are at work at once.
+    """
     fewest = int(splits.train.labels[splits.train.labels >= 0].unique(return_counts=True)[1].min())
     with config_search():
         parts = [hydra.compose("sweep_labels", overrides) for overrides in (FROZEN, ONE_POINT)]
     for part, counts in zip(parts, (CURVE, POINT), strict=True):
         part.runs, part.out = [str(run_dir)], str(run_dir / "labels")
         part.labels_per_class = [count for count in counts if count <= fewest]
-        part.device, part.threads, part.precision = cfg.device, cfg.threads, cfg.precision
-        if part.labels_per_class:
-            sweep(part)
-    return run_dir / "labels"
+        part.device, part.precision = cfg.device, cfg.precision
+        part.threads = cfg.threads or max(1, torch.get_num_threads() // 2)
+    return parts[0], parts[1]
+
+
+def swept(part: DictConfig, **lists: list[str]) -> None:
+    """Sweep it, where it has labels, with some of its lists in place of its own."""
+    if part.labels_per_class:
+        part = copy.deepcopy(part)
+        part.update(lists)
+        sweep(part)
+
+
+@contextmanager
+def swept_beside(part: DictConfig, **lists: list[str]) -> Iterator[None]:
+    """The same meanwhile, in a silent process of its own: a small network leaves one core of two idle.
+
+    Cells that it leaves undone, for whatever reason, are left to who sweeps them next, and is told the reason.
+    """
+    child = multiprocessing.get_context("spawn").Process(target=_swept_silently, args=(part, lists), daemon=True)
+    child.start()
+    try:
+        yield
+        child.join()
+    finally:
+        child.terminate()
+
+
+def _swept_silently(part: DictConfig, lists: dict[str, list[str]]) -> None:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(Exception, KeyboardInterrupt):
+        swept(part, **lists)
 
 
 def demo(cfg: DictConfig) -> Path:
@@ -135,24 +170,32 @@ def demo(cfg: DictConfig) -> Path:
     check_complete(cfg)
     splits = labelled(build(cfg.data))
     run_dir = pretrain(cfg)
+    curve, point = sweeps_of(run_dir, cfg, splits)
+    with swept_beside(point, protocols=[]):  # the network from scratch, which takes as long as all that follows
+        pictures = evaluated(run_dir, splits)
+        print("\nhow many labels that saves:\n", flush=True)
+        swept(curve)
+        swept(point, scratch=[])
+    swept(point)
+    print("\npictures:")
+    for picture in (*pictures, run_dir / "labels" / "label_efficiency.png"):
+        print(f"  {picture}")
+    print(f"everything: {run_dir}")
+    return run_dir
+
+
+def evaluated(run_dir: Path, splits: Splits) -> list[Path]:
+    """Print and write down the accuracies with few labels, and draw three pictures, whose files are returned."""
+    assert splits.test is not None
     latents = latents_of(load_encoder(run_dir, readout="grid"), splits)
     untrained = latents_of(untrained_encoder(run_dir, readout="grid"), splits)
     rows = few_label_rows({"CPC": latents, "random encoder": untrained}, splits)
     (run_dir / "evaluation.json").write_text(json.dumps({"run": str(run_dir), "rows": rows}, indent=1) + "\n")
     pictures = draw_pictures(run_dir, splits, latents)
-
-    assert splits.test is not None
-    shown = [{key: value for key, value in row.items() if key != "draws"} for row in rows]
     draws = len(rows[0]["draws"])
     print(f"\nAccuracy on {len(splits.test)} test images, mean and deviation over {draws} label draws:\n")
-    print(format_table(shown))
-    print("\nhow many labels that saves:\n")
-    pictures.append(label_curve(run_dir, cfg, splits) / "label_efficiency.png")
-    print("\npictures:")
-    for picture in pictures:
-        print(f"  {picture}")
-    print(f"everything: {run_dir}")
-    return run_dir
+    print(format_table([{key: value for key, value in row.items() if key != "draws"} for row in rows]))
+    return pictures
 
 
 main = command("pretrain_cpc", demo, schema=PretrainSchema)

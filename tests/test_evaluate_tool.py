@@ -227,3 +227,4 @@ def test_the_demo_ends_with_a_table_and_pictures(compose, tmp_path, capsys, monk
     assert "40" in summary["scratch"]["best from scratch"]
     assert points["CPC", "finetune", 40] == points["scratch", "cnn", 40] == 1
     assert str(folder / "labels/label_efficiency.png") in printed
+    assert "2 cells, 2 are there already" in printed  # the process beside has left nothing of its own to do
