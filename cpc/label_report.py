@@ -279,10 +279,10 @@ def _what_intervals_leave_out(curves: Curves) -> list[str]:
             done, whole = sum(map(len, of_seeds.values())), curve.planned(labels) * len(curve.repeats())
             if done < whole:
                 of_few_runs = any(len(of_seed) < len(curve.repeats(labels)) for of_seed in of_seeds.values())
-                filled = (
-                    ": in savings, runs differ elsewhere as they do where several were measured" if of_few_runs else ""
+                said.append(
+                    f"- {method} {protocol} has {done} of {whole} cells with {labels} labels"
+                    + (": in savings, runs differ elsewhere as they do where several were measured" * of_few_runs)
                 )
-                said.append(f"- {method} {protocol} has {done} of {whole} cells with {labels} labels{filled}")
     return said
 
 

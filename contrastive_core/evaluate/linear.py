@@ -166,10 +166,8 @@ def folds_of(labels: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray
     folds = min(folds, int(counts[counts > 1].min(initial=folds)))
     if folds < 2 or (counts > 1).sum() < 2:
         return []
-    rows, classes = (
-        np.zeros(len(several)),
-        labels[several],
-    )  # scikit-learn wants features, and looks at their number only
+    rows = np.zeros(len(several))  # scikit-learn wants features, and looks at their number only
+    classes = labels[several]
     if len(several) < HELD_OUT_FROM:
         parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(rows, classes)
     else:
