@@ -81,10 +81,11 @@ def plot_loss(metrics_rows: Rows, path: StrPath) -> None:
     if len(knn):
         probe = grid[0, 1]
         probe.plot(knn[:, 0], 100 * knn[:, 1], color=RUST, marker="o", markersize=3.5, linewidth=1.6)
+        falls = len(knn) > 1 and knn[-1, 1] < knn[-2, 1]
         probe.annotate(
             f"{100 * knn[-1, 1]:.1f} %",
             (knn[-1, 0], 100 * knn[-1, 1]),
-            (0, 7),
+            (0, -16 if falls else 7),  # on the side that the line does not come from
             textcoords="offset points",
             ha="right",
             color=RUST,

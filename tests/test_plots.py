@@ -53,6 +53,17 @@ def test_loss_with_a_probe_and_gaps(tmp_path: Path) -> None:
     assert pixels.shape[1] > 900, "a second panel"
 
 
+@pytest.mark.parametrize(("last", "side"), [(0.9, 1), (0.5, -1)])
+def test_the_probes_last_number_stands_off_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last, side
+) -> None:
+    """Above where the line comes from below, below where it falls."""
+    offsets = []
+    monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda self, text, at, offset, **_: offsets.append(offset))
+    plot_loss([*rows(50), {"step": 25, "knn": 0.7}, {"step": 50, "knn": last}], tmp_path / "loss.png")
+    assert [offset[1] * side > 0 for offset in offsets] == [True]
+
+
 def test_no_loss_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of the 1 rows has a finite `loss`"):
         plot_loss([{"step": 1}], tmp_path / "loss.png")
