@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,6 +13,7 @@ from contrastive_core.plots import BLUE, INK, MUTED, RUST, new_figure, tidy_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 COLOURS = (BLUE, RUST, "#1a7f5a", "#7b5aa6", "#b8860b", "#444444")
 
@@ -68,6 +70,10 @@ def label_figure(
     axes.set_xticks([], minor=True)
     tidy_axes(axes, "labels", f"{measure} (%)")
     axes.legend(frameon=False, labelcolor=INK, loc="best")
+    figure.draw_without_rendering()  # only then is it known where the axes lie
+    taken = [axes.transData.transform_bbox(_shaft(arrow)) for arrow in drawn]
+    for arrow in drawn:
+        _say(axes, arrow, shades[arrow.curve], taken)
     return figure
 
 
@@ -82,17 +88,38 @@ def _line(axes: Axes, curve: Curve, colour: str) -> None:
     axes.fill_between(labels, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
+def _shaft(arrow: SavingArrow) -> Bbox:
+    """From its curve to its head: labels and percent."""
+    from matplotlib.transforms import Bbox
+
+    height = 100 * arrow.accuracy
+    return Bbox([(arrow.labels, height), (arrow.labels * arrow.saving.bound, height)])
+
+
 def _arrow(axes: Axes, arrow: SavingArrow, colour: str) -> None:
-    height, end = 100 * arrow.accuracy, arrow.labels * arrow.saving.bound
+    start, end = _shaft(arrow).get_points()
     line = {"arrowstyle": "->", "color": colour, "linewidth": 1.1, "linestyle": "-" if arrow.sure else ":"}
-    axes.annotate("", (end, height), (arrow.labels, height), arrowprops=line)
-    axes.annotate(
-        f"{arrow.saving}x",
-        ((arrow.labels * end) ** 0.5, height),
-        (0, 3 if arrow.curve % 2 == 0 else -10),  # two curves that lie close together have theirs on either side
-        textcoords="offset points",
-        ha="center",
-        fontsize=8,
-        color=colour,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},  # a curve may pass behind it
-    )
+    axes.annotate("", end, start, arrowprops=line)
+
+
+def _say(axes: Axes, arrow: SavingArrow, colour: str, taken: list[Bbox]) -> None:
+    """The saving above or below its arrow, where none of `taken` lies, to which its place is added."""
+    sides = (3, -10) if arrow.curve % 2 == 0 else (-10, 3)  # two curves that lie close have theirs on either side
+    for share, above in itertools.product((0.5, 0.3, 0.7), sides):
+        words = axes.annotate(
+            f"{arrow.saving}x",
+            (arrow.labels * arrow.saving.bound**share, 100 * arrow.accuracy),
+            (0, above),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},  # a curve may pass behind it
+        )
+        place = words.get_window_extent()
+        if not any(place.overlaps(other) for other in taken):
+            break
+        words.remove()
+    else:
+        axes.add_artist(words)
+    taken.append(place)

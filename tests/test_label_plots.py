@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from contrastive_core.evaluate.label_saving import Saving
@@ -115,6 +116,22 @@ def test_arrows_that_are_not_sure_are_dotted_and_the_legend_says_so():
         assert [head.get_linestyle() for head in heads] == styles
         words = [text.get_text() for text in axes.get_legend().get_texts()][2:]
         assert words == ["dotted: may save nothing"] * (":" in styles)
+
+
+def test_no_saving_covers_another_or_an_arrow():
+    near = [SavingArrow(10, height, Saving(10.0, 10.0), curve) for height, curve in ((0.5, 1), (0.505, 2), (0.52, 1))]
+    axes = axes_of(SCRATCH, FROZEN, TUNED, arrows=near)
+    places = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    ends = [[(10, 100 * arrow.accuracy), (100, 100 * arrow.accuracy)] for arrow in near]
+    taken = [Bbox(axes.transData.transform(both)) for both in ends]
+    for place in places:
+        assert not any(place.overlaps(other) for other in taken)
+        taken.append(place)
+
+
+def test_a_saving_that_finds_no_room_is_said_all_the_same():
+    axes = axes_of(SCRATCH, FROZEN, arrows=9 * [SavingArrow(10, 0.5, Saving(10.0, 10.0), 1)])
+    assert said(axes) == 9 * ["10.0x"]
 
 
 def test_more_curves_than_colours():
