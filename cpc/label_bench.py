@@ -129,7 +129,7 @@ class Plan:
     mode: how encoders of patches are run; None = as they were trained. readout: what is read off those of patches,
         "grid" or "context".
     seed: of the untrained encoder. workers: processes that decode images.
-    described: whatever else results depend on, by name: the configurations of views and cnn, the precision.
+    precision: of every forward pass. described: the configurations of views and cnn, by name.
     """
 
     views: nn.Module
@@ -144,6 +144,7 @@ class Plan:
     readout: str
     seed: int
     workers: int
+    precision: str
     described: Mapping[str, Any]
 
 
@@ -237,10 +238,14 @@ class Bench:
             "train": split_digest(self.ids, self.labels, everyone),
             "test": split_digest(sample_ids(self.test), self.test.labels, torch.arange(len(self.test))),
             "pixels": self.test.size,
-            "steps": {name: json.dumps(length) for name, length in self.plan.lengths.items()},
-            "batch_size": self.plan.batch_size,
-            **self.plan.described,
+            "precision": self.plan.precision,
         }
+
+    @property
+    def making(self) -> dict[str, Any]:
+        """How networks are trained: all that are compared alike, or the one from scratch might be trained less."""
+        steps = {phase: json.dumps(length) for phase, length in self.plan.lengths.items()}
+        return {"steps": steps, "batch_size": self.plan.batch_size, "views": self.plan.described["views"]}
 
     @property
     def test(self) -> ImageDataset:

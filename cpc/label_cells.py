@@ -15,7 +15,7 @@ from typing import Any
 
 from cpc.label_bench import Bench, Cell
 from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH, CellResult, read_results
-from cpc.label_recipes import asked_of
+from cpc.label_recipes import asked_of, making_of
 from cpc.run_folder import differing_keys
 
 
@@ -60,9 +60,9 @@ class CellFolder:
     def check(self, bench: Bench, cells: Sequence[Cell]) -> None:
         """Raise ValueError where cells that are there cannot stand in one curve with those that are asked for.
 
-        A second command may add arms and label counts. What it may not: other images or another making, in an arm that
-        is there other settings or another readout, another encoder under the name of one that is there, other choices
-        of as many labels, the same choice by another name.
+        A second command may add arms and label counts. What it may not: other images, other steps where networks are
+        trained, in an arm that is there other settings or another readout, another encoder under the name of one that
+        is there, other choices of as many labels, the same choice by another name.
         """
         shared = _as_written(bench.shared)
         asked = {arm: _as_written(asked_of(bench, arm)) for arm in {cell.arm for cell in cells}}
@@ -79,8 +79,10 @@ class CellFolder:
             there = result["asked"]
             if name in arms:
                 differing += differing_keys(arms[name], there)
-            elif encoders.get(_first_weights(*name), there.get("encoder")) != there.get("encoder"):
-                differing.append("encoder")
+            else:
+                expected = _as_written(making_of(bench, there.get("steps", ())))
+                expected["encoder"] = encoders.get(_first_weights(*name), there.get("encoder"))
+                differing += differing_keys(expected, {part: there.get(part) for part in expected})
             amount, digest = choices.get((result["labels"], result["seed"]), (result["amount"], result["split"]))
             if digest != result["split"]:
                 differing.append(f"choice of {result['labels']} labels")

@@ -7,7 +7,7 @@ of their costs follow. What is learned, and how, is in `cpc.label_protocols`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,6 +51,7 @@ class Recipe:
     build: makes it for one arm and one choice of labels.
     settings: whose list of settings it is tried with; "" = it sets itself.
     in_a_setting: what each of them says.
+    phases: what it trains through, names of `Plan.lengths`; none of what has no optimizer.
     reads: what else its result depends on, names of `DEPENDS`.
     version: of what it computes; one more where its results change, so that older cells are refused.
     """
@@ -59,13 +60,14 @@ class Recipe:
     build: Build
     settings: str = ""
     in_a_setting: tuple[str, ...] = ()
+    phases: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     version: int = 1
 
     @property
     def takes_steps(self) -> bool:
         """Whether it has an optimizer."""
-        return "lr" in self.in_a_setting
+        return bool(self.phases)
 
 
 DEPENDS: Mapping[str, Callable[[Bench, Arm], Any]] = {
@@ -77,8 +79,10 @@ DEPENDS: Mapping[str, Callable[[Bench, Arm], Any]] = {
     "encodings": lambda bench, arm: bench.plan.encodings,
     "head_layer": lambda bench, arm: bench.plan.head_layer,
     "normalisation": lambda bench, arm: normalisation_of(arm.run),
+    "cnn": lambda bench, arm: bench.plan.described["cnn"],
 }
-"""What a result may depend on, of the plan and of an arm. What all cells share is in `Bench.shared`."""
+"""What a result may depend on, of the plan and of an arm. What all cells share is in `Bench.shared`, what all that are
+trained share in `Bench.making`."""
 
 
 # ---- how they are built ----
@@ -188,6 +192,7 @@ RECIPES: Mapping[str, Recipe] = {
         build=latent_classifier,
         settings="classifier",
         in_a_setting=STEPS,
+        phases=("classifier",),
         reads=(*LATENTS, "classifier", "encodings"),
     ),
     "finetune": Recipe(
@@ -195,6 +200,7 @@ RECIPES: Mapping[str, Recipe] = {
         build=both_phases,
         settings="finetune",
         in_a_setting=(*STEPS, "encoder_lr"),
+        phases=("classifier", "finetune"),
         reads=(*LATENTS, "classifier", "encodings"),
     ),
     "head": Recipe(
@@ -202,6 +208,7 @@ RECIPES: Mapping[str, Recipe] = {
         build=through_the_head,
         settings="head",
         in_a_setting=("lr",),
+        phases=("head",),
         reads=("encoder", "head_layer"),
     ),
     "logistic": Recipe(starts=("scratch",), build=partial(on_pixels, logistic)),
@@ -212,13 +219,15 @@ RECIPES: Mapping[str, Recipe] = {
         build=partial(from_random_weights, ordinary),
         settings="scratch",
         in_a_setting=STEPS,
-        reads=("normalisation", "dropout"),
+        phases=("scratch",),
+        reads=("cnn", "normalisation", "dropout"),
     ),
     "image": Recipe(
         starts=("scratch",),
         build=partial(from_random_weights, on_whole_images),
         settings="scratch",
         in_a_setting=STEPS,
+        phases=("scratch",),
         reads=("encoder", "classifier"),
     ),
     "patches": Recipe(
@@ -226,6 +235,7 @@ RECIPES: Mapping[str, Recipe] = {
         build=partial(from_random_weights, on_patches),
         settings="scratch",
         in_a_setting=STEPS,
+        phases=("scratch",),
         reads=(*LATENTS, "classifier"),
     ),
 }
@@ -251,7 +261,13 @@ def asked_of(bench: Bench, arm: Arm) -> dict[str, Any]:
     recipe = RECIPES[arm.protocol]
     own: dict[str, Any] = {"settings": [dict(setting) for setting in _settings_of(bench, arm)]}
     own |= {"version": recipe.version} if recipe.version > 1 else {}  # older cells say none
-    return own | {name: DEPENDS[name](bench, arm) for name in recipe.reads}
+    return own | making_of(bench, recipe.phases) | {name: DEPENDS[name](bench, arm) for name in recipe.reads}
+
+
+def making_of(bench: Bench, phases: Collection[str]) -> dict[str, Any]:
+    """The part of `Bench.making` that a network depends on which trains for these phases; none for no phase."""
+    making = bench.making
+    return making | {"steps": {phase: making["steps"][phase] for phase in phases}} if phases else {}
 
 
 def _settings_of(bench: Bench, arm: Arm) -> Settings:

@@ -333,8 +333,8 @@ def bench_of(cfg: DictConfig) -> Bench:
         cnn=partial(build, cfg.cnn),
         lengths=lengths_of(cfg),
         **{name: written[name] for name in ("classifier", "settings", "batch_size", "encodings")},
-        **{name: written[name] for name in ("head_layer", "mode", "readout", "seed", "workers")},
-        described={name: written[name] for name in ("views", "cnn", "precision")},
+        **{name: written[name] for name in ("head_layer", "mode", "readout", "seed", "workers", "precision")},
+        described={name: written[name] for name in ("views", "cnn")},
     )
     return Bench(plan, splits, choices_of(amounts_of(cfg), labels, ids, **seeds), accelerator)
 

@@ -429,10 +429,24 @@ def test_cells_of_another_making_are_refused(configured, tmp_path):
         with pytest.raises(ValueError, match="was made with another encoder"):
             sweep(configured(*QUICK, labels, use=slice(1, 2)))
     assert files(tmp_path / "out") == before
-    with pytest.raises(ValueError, match=r"was made with another steps\.classifier, steps\.head, steps\.scratch"):
-        sweep(configured(*QUICK, "steps.classifier.most=7", "steps.classifier.least=7", "labels=[100]"))
     sweep(configured(*QUICK, "classifier.width=8", "seeds=3"))  # nothing that these cells depend on
     assert len(files(tmp_path / "out")) == 12
+
+
+def test_networks_of_other_steps_are_refused_and_probes_take_none(configured, tmp_path):
+    """Those from scratch would else be compared with what was fine-tuned for longer than they allow for."""
+    few = ["labels=[20]", "seeds=1", "random=[]", "steps.classifier={least: 2, passes: 1, most: 2}"]
+    sweep(configured(*few, "scratch=[logistic]", "protocols=[linear]", use=slice(1)))
+    longer = "steps.finetune={least: 3, passes: 1, most: 3}"
+    sweep(configured(*few, longer, "scratch=[cnn]", "protocols=[]", use=slice(1)))
+    before = files(tmp_path / "out")
+    tuned = [*few, "scratch=[]", "protocols=[classifier]"]
+    for other, named in (("steps.finetune={least: 4, passes: 1, most: 4}", "steps"), ("batch_size=8", "batch_size")):
+        with pytest.raises(ValueError, match=rf"cnn/.* was made with another {named}"):
+            sweep(configured(*tuned, other, use=slice(1)))
+    assert files(tmp_path / "out") == before
+    sweep(configured(*tuned, longer, use=slice(1)))
+    assert len(files(tmp_path / "out")) == 4
 
 
 def test_cells_of_an_older_version_are_refused(configured, tmp_path):
@@ -481,10 +495,15 @@ def test_what_depends_on_what_is_named_once():
 def test_a_cell_knows_all_that_it_depends_on(bench, runs, tmp_path):
     """Of what may change between two commands in a folder, each arm is asked about what it reads and nothing else."""
     made = bench("labels=[20]", "seeds=1")
-    assert {"views", "cnn", "precision", "train", "test", "steps", "batch_size", "pixels"} == set(made.shared)
-    for protocol in ("linear", "classifier", "finetune"):
-        assert {"encoder", "mode", "readout", "settings"} <= set(asked_of(made, Arm("CPC", protocol, str(runs[0]))))
-    assert set(asked_of(made, Arm("scratch", "cnn", str(runs[0])))) == {"settings", "normalisation", "dropout"}
+    assert set(made.shared) == {"precision", "train", "test", "pixels"}
+    trained, read = {"steps", "batch_size", "views"}, {"encoder", "mode", "readout", "settings"}
+    assert set(asked_of(made, Arm("CPC", "linear", str(runs[0])))) == read
+    for protocol, phases in (("classifier", ["classifier"]), ("finetune", ["classifier", "finetune"])):
+        asked = asked_of(made, Arm("CPC", protocol, str(runs[0])))
+        assert set(asked) == {*read, *trained, "classifier", "encodings"}
+        assert list(asked["steps"]) == phases
+    network = asked_of(made, Arm("scratch", "cnn", str(runs[0])))
+    assert set(network) == {*trained, "settings", "cnn", "normalisation", "dropout"}
     before, copied = run_fingerprint(str(runs[0])), tmp_path / "copied"
     for name in ("encoder.json", "encoder.safetensors", "context.safetensors"):
         shutil.copytree(runs[0], copied)
