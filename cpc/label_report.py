@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -31,6 +32,7 @@ from cpc.label_curves import (
     scratch_curves,
 )
 
+NO_SAVING = "none yet: it compares cells of protocols= with cells of scratch="
 MEASURES = {"accuracy": "test accuracy", "class_accuracy": "mean test accuracy of the classes"}
 
 
@@ -62,13 +64,19 @@ def accuracy_rows(curves: Curves) -> list[dict[str, Any]]:
                     "protocol": protocol,
                     "labels": labels,
                     "accuracy": statistics.mean(accuracies),
-                    "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+                    "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
                     "class accuracy": statistics.mean(curve.accuracies(labels, "class_accuracy")),
                     "cells": len(cells),
                     "seconds": round(sum(cell.seconds for cell in cells), 1),
                 }
             )
     return rows
+
+
+def saving_numbers(saving: LabelSaving) -> dict[str, Any]:
+    """The same for programs: the labels n_s that scratch needs, and of the interval's ends; null where censored."""
+    ends = saving.interval._asdict().items()
+    return {f"{name}_labels": end.bound * saving.labels if 0 < end.value < math.inf else None for name, end in ends}
 
 
 def saving_row(saving: LabelSaving) -> dict[str, Any]:
@@ -85,7 +93,9 @@ def write_csv(path: Path, results: Sequence[CellResult]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(names)
-        writer.writerows([getattr(result, name) for name in names] for result in results)
+        for result in results:
+            written = {name: getattr(result, name) for name in names}
+            writer.writerow((written | {"setting": json.dumps(result.setting)}).values())
 
 
 # ---- the picture ----
@@ -178,7 +188,7 @@ def write_report(out: Path, results: Sequence[CellResult], truth: Tensor, about:
     }
     summary = {**about, "accuracies": accuracy_rows(curves)}
     for one, suffix in zip(compared, ("", "_per_class"), strict=False):
-        summary[f"savings{suffix}"] = [saving_row(saving) for saving in one.savings]
+        summary[f"savings{suffix}"] = [saving_row(saving) | saving_numbers(saving) for saving in one.savings]
         summary[f"scratch{suffix}"] = {
             name: {labels: point.protocol for labels, point in curve.points.items()}
             for name, curve in one.scratch.items()
@@ -252,7 +262,7 @@ def _report(
             *_about_scratch(one.scratch),
             "",
             "```",
-            format_table(rows) if rows else "none yet",
+            format_table(rows) if rows else NO_SAVING,
             "```",
             "",
         ]
@@ -261,8 +271,11 @@ def _report(
 
 
 def _what_intervals_leave_out(curves: Curves) -> list[str]:
-    """Runs and choices of labels that there is one of, or that are missing."""
-    said = []
+    """Runs and choices of labels that there are few of, or that are missing."""
+    said = [
+        "- intervals of few choices of labels, or runs, are too narrow: what is called 95 % holds in about 84 % of"
+        " cases with five choices, 75 % with three; fewer than five are never said to save anything"
+    ]
     arms = {name: curve for name, curve in curves.items() if name[0] not in (SCRATCH, "random")}
     for (method, protocol), curve in arms.items():
         of_one = ", ".join(str(labels) for labels in sorted(curve.cells) if len(curve.repeats(labels)) == 1)

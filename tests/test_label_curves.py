@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_the_best_from_scratch_is_the_best_at_each_number_of_labels():
         }
         assert [list(curve.points) for curve in curves.values()] == [[10, 40, 160]] * 2, "by rising labels"
         assert curves[BEST].points[10].curve.accuracies(10) == [12 / 40]
-        assert curves[BEST].points[10].measured == ("cnn", "image", "patches")
+        assert curves[BEST].points[10].measured.keys() == {"cnn", "image", "patches"}
 
 
 def test_the_best_is_so_in_the_mean_over_draws():
@@ -165,7 +166,7 @@ def test_a_missing_cell_costs_nothing_but_itself():
     """Of two runs and two choices any one: it is filled in as its run is in the other choice, and none is left out."""
     runs = [(0, 0, 20), (0, 1, 20), (1, 0, 20), (1, 1, 20)]
     whole = found([*scratch(0, 1), *several(*runs)])[10]
-    assert [whole[name] for name in ("saving", "low", "high", "saves", "draws", "runs")] == ["4.0"] * 3 + [True, 2, 2]
+    assert [whole[name] for name in ("saving", "low", "high", "saves", "draws", "runs")] == ["4.0"] * 3 + [False, 2, 2]
     for gone in range(4):
         assert found([*scratch(0, 1), *several(*runs[:gone], *runs[gone + 1 :])])[10] == whole
     assert found(several(*runs)) == {}
@@ -180,7 +181,7 @@ def test_a_second_runs_first_cell_counts_in_every_choice_and_a_double_changes_no
     alone = found([*scratch(0, 1, 2), *several(*one_run, draws=3)])[10]
     double = found([*scratch(0, 1, 2), *several(*one_run, (1, 0, 14), draws=3)])[10]
     for row, runs in ((alone, 1), (double, 2)):
-        assert [row[name] for name in ("saving", "saves", "draws", "runs")] == ["4.0", True, 3, runs]
+        assert [row[name] for name in ("saving", "saves", "draws", "runs")] == ["4.0", False, 3, runs]
     for end in ("low", "high"):  # of other random numbers
         assert float(double[end]) == pytest.approx(float(alone[end]), rel=0.1)
     more = found([*scratch(0, 1, 2), *several(*one_run, (1, 0, 16), draws=3)])[10]
@@ -195,9 +196,9 @@ def test_runs_without_a_choice_in_common_have_their_row():
 
 
 @pytest.mark.parametrize("thin", ["arm", "scratch", "neither"])
-def test_one_choice_of_several_is_never_said_to_save(thin):
-    """Of five that are to be; what saves has two or more, on both sides, or one that is all there is to be."""
-    draws = {name: (0,) if name == thin else (0, 1) for name in ("arm", "scratch")}
+def test_fewer_than_five_choices_of_several_are_never_said_to_save(thin):
+    """What saves has five in common with what it is held against, or one that is all there is to be."""
+    draws = {name: range(4 if name == thin else 5) for name in ("arm", "scratch")}
     results = [cell("CPC", "linear", 10, 20, seed=seed, draws=5) for seed in draws["arm"]]
     curve = {10: 8, 40: 20, 160: 32}
     results += [
@@ -209,23 +210,75 @@ def test_one_choice_of_several_is_never_said_to_save(thin):
     assert (row["low"], row["saves"]) == ("4.0", thin == "neither")
     assert (row["draws"], row["scratch_draws"]) == (len(draws["arm"]), len(draws["scratch"]))
     assert found([*scratch(), cell("CPC", "linear", 10, 20)])[10]["saves"]
+    assert not found([*scratch(0, 1), *(cell("CPC", "linear", 10, 20, seed=seed, draws=2) for seed in (0, 1))])[10][
+        "saves"
+    ]
+
+
+def test_five_choices_are_in_common_or_they_are_not_five():
+    results = [cell("CPC", "linear", 10, 20, seed=seed, draws=6) for seed in range(1, 6)]
+    assert not found([*scratch(*range(5)), *results])[10]["saves"]
+    assert found([*scratch(*range(6)), *results])[10]["saves"]
 
 
 def test_one_choice_far_up_the_curve_takes_no_saving_back():
-    """CPC is as good with 10 labels as the CNN with 20: of 160, where there is one choice of two, nothing is read."""
-    results = [cell("CPC", "linear", 10, 14, seed=seed, draws=2) for seed in (0, 1)]
-    row = found([*results, *(each for each in scratch(0, 1) if each.labels < 160 or each.seed == 0)])[10]
-    assert (row["saves"], row["scratch_draws"]) == (True, 2)
-    beyond = [cell("CPC", "linear", 10, 24, seed=seed, draws=2) for seed in (0, 1)]
-    row = found([*beyond, *(each for each in scratch(0, 1) if each.labels < 160 or each.seed == 0)])[10]
-    assert (row["saves"], row["scratch_draws"]) == (False, 1)
+    """CPC is as good with 10 labels as the CNN with 20: of 160, where there is one choice of five, nothing is read."""
+    fewer = [each for each in scratch(*range(5)) if each.labels < 160 or each.seed == 0]
+    for right, saves, draws in ((14, True, 5), (24, False, 1)):
+        arm = [cell("CPC", "linear", 10, right, seed=seed, draws=5) for seed in range(5)]
+        row = found([*arm, *fewer])[10]
+        assert (row["saves"], row["scratch_draws"]) == (saves, draws)
 
 
 def test_a_curve_of_one_choice_is_thin_where_another_arm_has_more():
     """From scratch with seeds=1, what is pre-trained with the usual five: a number of labels has as many for all."""
     results = [cell("CPC", "linear", 10, 20, seed=seed, draws=5) for seed in range(5)]
-    assert found([*results, *scratch(0, 1)])[10]["saves"]
+    assert found([*results, *scratch(*range(5))])[10]["saves"]
     assert not found([*results, *scratch()])[10]["saves"]
+
+
+EASY = {0: 0, 1: 1, 2: 9, 3: 10, 4: 10}
+"""How many more are right, by the choice of labels."""
+
+
+def of_easy_choices(protocol: str, right: int, seeds: Iterable[int], method: str = SCRATCH) -> list[CellResult]:
+    return [cell(method, protocol, 40, right + EASY[seed], seed=seed, draws=5) for seed in seeds]
+
+
+def test_the_easy_choices_that_scratch_lacks_are_no_saving():
+    """An arm against its own predictions: 1.0, and not what the hard choices alone would give."""
+    ends = [
+        cell(SCRATCH, "cnn", labels, right, seed=seed, draws=5)
+        for labels, right in {10: 5, 160: 40}.items()
+        for seed in range(5)
+    ]
+    arm = of_easy_choices("finetune", 20, range(5), method="CPC")
+    whole = found([*ends, *arm, *of_easy_choices("cnn", 20, range(5))])[40]
+    assert [whole[name] for name in ("saving", "low", "high", "saves")] == ["1.0", "1.0", "1.0", False]
+    hard = of_easy_choices("cnn", 20, (0, 1))
+    alone = found([*ends, *arm, *hard])[40]
+    assert (float(alone["saving"]) > 1.2, alone["saves"]) == (True, False), "nothing tells how easy the others are"
+    worse = of_easy_choices("svm", 14, range(5))
+    beside = found([*ends, *arm, *hard, *worse])[40]
+    assert (beside["saving"], beside["saves"]) == ("1.0", False), "the SVM does"
+
+
+def test_what_saves_nothing_is_seldom_said_to():
+    """A saving of 1 in truth, choices of labels that differ: 2.5 % would be right, and five choices give some more."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.zeros(200, dtype=torch.int64)
+    said = 0
+    for _ in range(100):
+        right = (100 + 8 * torch.randn(2, 5, generator=generator)).round().int().tolist()
+        results = [
+            cell(SCRATCH, "cnn", n, at, seed=s, draws=5, truth=truth)
+            for n, at in ((10, 40), (160, 180))
+            for s in range(5)
+        ]
+        results += [cell(SCRATCH, "cnn", 40, right[0][s], seed=s, draws=5, truth=truth) for s in range(5)]
+        results += [cell("CPC", "linear", 40, right[1][s], seed=s, draws=5, truth=truth) for s in range(5)]
+        said += found(results, truth=truth)[40]["saves"]
+    assert 1 <= said <= 12
 
 
 def test_the_same_labels_by_two_names_are_not_one_of_them_in_silence():
@@ -343,7 +396,7 @@ def test_a_failed_cell_does_not_cost_the_best_its_place():
     pretrained = [cell("CPC", "linear", 10, 24, seed=seed) for seed in range(5)]
     whole = found([*curve, *weak, *pretrained])[10]
     failed = [one for one in curve if (one.labels, one.seed) != (160, 3)]
-    assert found([*failed, *weak, *pretrained])[10] == whole | {"scratch_draws": 4}
+    assert found([*failed, *weak, *pretrained])[10] == whole | {"scratch_draws": 4, "saves": False}
     assert (whole["saving"], whole["scratch_draws"]) == ("6.3", 5)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from contrastive_core.evaluate.label_saving import (
     Saving,
-    _filled_in,
+    filled_in,
     label_saving,
     labels_needed,
     rising,
@@ -215,7 +215,7 @@ def test_a_missing_cell_differs_as_its_run_does_elsewhere():
     known = torch.tensor([[0.9, 0.8, 0.7], [math.nan] * 3, [0.5, math.nan, math.nan]], dtype=torch.float64)
     known[1, 1] = 0.6
     expected = torch.tensor([[0.9, 0.8, 0.7], [0.7, 0.6, 0.5], [0.5, 0.4, 0.3]], dtype=torch.float64)
-    torch.testing.assert_close(_filled_in(known[..., None])[..., 0], expected)
+    torch.testing.assert_close(filled_in(known[..., None])[..., 0], expected)
 
 
 def test_where_no_draw_is_shared_a_missing_cell_is_the_other_runs():

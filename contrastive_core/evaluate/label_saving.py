@@ -146,7 +146,8 @@ def saving_interval(
             NaN is one that is not there: it is taken to differ from the other runs of its draw as its run does in the
             draws that both have.
         scratch: `draws images` by number of labels: the same label draws and test images, from scratch. A row of NaN is
-            a draw that is not there: its point is the mean over the others.
+            a draw that is not there: its point is the mean over the others, which is wrong by as much as that draw is
+            easier or harder than they are: `filled_in` beforehand where anything else was measured on it.
         resamples: at least 1.
         level: of the interval, between 0 and 1.
         seed: of the resampling.
@@ -166,7 +167,7 @@ def saving_interval(
     _check_shapes(pretrained, scratch)
     labels = sorted(scratch)
     curves, there = _without_nan(torch.stack([scratch[number].double() for number in labels]))
-    right = _filled_in(pretrained.double())
+    right = filled_in(pretrained.double())
     points_weigh = there.sum(1).double().tolist()
     runs, draws, images = right.shape
     generator = torch.Generator().manual_seed(seed)
@@ -195,11 +196,12 @@ def _without_nan(right: Tensor) -> tuple[Tensor, Tensor]:
     return right.nan_to_num(), ~right.isnan().any(-1)
 
 
-def _filled_in(right: Tensor) -> Tensor:
+def filled_in(right: Tensor) -> Tensor:
     """`runs draws images` with what is not there (NaN) as the sum of a run's part and a draw's part, by least squares.
 
     So a lucky run that was measured more often than the others does not stand for them: cells that are missing are
-    as much worse as their runs are elsewhere. Where runs share no draw a cell is what the draw's other runs are.
+    as much worse as their runs are elsewhere. Where runs share no draw a cell is what the draw's other runs are. Every
+    draw has a run that is there.
 
     Example: of runs with 1 and 3 in one draw, and 2 and nothing in another, the fourth is 4.
     """

@@ -34,7 +34,7 @@ def few_label_row(
     *,
     ids: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Mean and deviation over label draws: {"labels", "accuracy", "spread", "draws": each accuracy}.
+    """Mean and deviation over label draws: {"labels", "accuracy", "spread" (None of one), "draws": each accuracy}.
 
     ids: the training images' identities, as `few_label_accuracy`.
     """
@@ -42,7 +42,7 @@ def few_label_row(
     return {
         "labels": per_class * len(features.train_labels.unique()),
         "accuracy": statistics.mean(accuracies),
-        "spread": statistics.stdev(accuracies) if draws > 1 else 0.0,
+        "spread": statistics.stdev(accuracies) if draws > 1 else None,
         "draws": accuracies,
     }
 
