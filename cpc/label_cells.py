@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contrastive_core.reading import read_json
 from cpc.label_bench import Bench, Cell
-from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH, CellResult, read_results
+from cpc.label_curves import LARGEST_CELL, OF_THE_SAME_NETWORK, SCRATCH, CellResult, read_results
 from cpc.label_recipes import asked_of, making_of
 from cpc.run_folder import differing_keys
 
@@ -65,18 +66,20 @@ class CellFolder:
         is there, other choices of as many labels, the same choice by another name.
         """
         shared = _as_written(bench.shared)
-        asked = {arm: _as_written(asked_of(bench, arm)) for arm in {cell.arm for cell in cells}}
+        asked = {arm: _as_written(asked_of(bench, arm)) for arm in dict.fromkeys(cell.arm for cell in cells)}
         arms = {(arm.method, arm.repeat, arm.protocol): what for arm, what in asked.items()}
         encoders = {_first_weights(*name): what["encoder"] for name, what in arms.items() if "encoder" in what}
         choices = {
             (len(choice.indices), seed): (str(amount), choice.digest)
             for (amount, seed), choice in bench.choices.items()
         }
+        trained = {f"{arm.method} {arm.protocol}": what for arm, what in asked.items() if "steps" in what}
         for written in self._files():
-            result = json.loads(written.read_text())
+            result = read_json(written, largest=LARGEST_CELL)
             differing = differing_keys(shared, result["shared"])
             name = result["method"], result["repeat"], result["protocol"]
             there = result["asked"]
+            trained |= {f"{name[0]} {name[2]}": there} if "steps" in there else {}
             if name in arms:
                 differing += differing_keys(arms[name], there)
             else:
@@ -91,6 +94,7 @@ class CellFolder:
                 raise ValueError(f"{written} was made with another {of}: pass another out, or remove it")
             if name in arms and amount != result["amount"]:
                 raise ValueError(f"{written} has the labels of {amount}: pass {result['amount']}, or another out")
+        _check_trials(trained)
 
     def trained_from_scratch(self) -> Any:
         """The architecture and input of what "image" and "patches" have trained; None where there is neither."""
@@ -104,6 +108,19 @@ class CellFolder:
 
     def _failure(self, cell: Cell) -> Path:
         return (self.path / cell.file).with_suffix(".failed")
+
+
+def _check_trials(trained: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError where a network from scratch has fewer settings to choose from than a pre-trained one."""
+    tried = {arm: len(what["settings"]) for arm, what in trained.items()}
+    of_scratch = {arm: arm.startswith(f"{SCRATCH} ") for arm in tried}
+    fewest = min((arm for arm in tried if of_scratch[arm]), key=lambda arm: tried[arm], default=None)
+    most = max((arm for arm in tried if not of_scratch[arm]), key=lambda arm: tried[arm], default=None)
+    if fewest and most and tried[fewest] < tried[most]:
+        raise ValueError(
+            f"{fewest} has {tried[fewest]} of settings.scratch to choose from, {most} has {tried[most]}: pass as many, "
+            "and another out where cells are there already"
+        )
 
 
 def _first_weights(method: str, repeat: int, protocol: str) -> tuple[str, int, str]:

@@ -236,7 +236,8 @@ def _report(
         "![accuracy against labels](label_efficiency.png)",
         "",
         f"{cells} of {about['cells']} cells; {about['train_images']:,} training and {about['test_images']:,} test "
-        f"images of {about['classes']} classes; torch {about['torch']}, Python {about['python']}; "
+        f"images of {about['classes']} classes; torch {about['torch']}, scikit-learn {about['scikit-learn']}, "
+        f"Python {about['python']}; "
         f"{about['seconds'] / 3600:.2f} h.",
         "",
         *[f"    {command}" for command in about["commands"]],

@@ -32,39 +32,51 @@ def _same(test: ImageDataset, index: int, others: ImageDataset, place: int) -> b
         return False
 
 
-def seen_notes(
+Seen = Mapping[str, int | str]
+"""By what was trained on how many test images are among it, or why that is not known."""
+
+
+def seen_among(
     test: ImageDataset, training: Mapping[str, Any], runs: Sequence[str], read: Callable[[Mapping[str, Any]], Splits]
-) -> list[str]:
-    """What a report has to say of test images that were seen, or may have been.
+) -> dict[str, int | str]:
+    """How many test images are among the training images and what each run was pre-trained on, or why nobody knows.
 
     Args:
         training: the configuration of the data that has the labels.
         runs: folders of runs, each of which says what it was pre-trained on.
         read: data as a configuration has it.
     """
-    sources, said = {"the training images": training}, []
-    for run in runs:
-        try:
-            sources[f"those that {run} was pre-trained on"] = {**run_data(run), "size": test.size}
-        except (OSError, ValueError) as error:
-            said.append(_unknown(run, error))
-    found: dict[str, int] = {}
-    for what, data in sources.items():
+    counted: dict[str, int] = {}
+
+    def count(data: Mapping[str, Any]) -> int:
         if data.get("_target_") in READERS:  # few of its images are looked at: decoding all would cost their memory
             data = {**data, "cache": False}
         written = json.dumps(data, sort_keys=True)
-        if written not in found:
-            try:
-                found[written] = count_seen(test, read(data).train)
-            except (OSError, ValueError) as error:
-                said.append(_unknown(what, error))
-                continue
-        if found[written]:
-            said.append(f"{found[written]} of {len(test)} test images are among {what}")
-    if found and not any(found.values()):
-        said.append("no test image was found among those that were trained on, by its bytes or the end of its path")
-    return said
+        if written not in counted:
+            counted[written] = count_seen(test, read(data).train)
+        return counted[written]
+
+    seen: dict[str, int | str] = {}
+    sources = {"the training images": None, **{f"those that {run} was pre-trained on": run for run in runs}}
+    for what, run in sources.items():
+        try:
+            seen[what] = count(training if run is None else {**run_data(run), "size": test.size})
+        except (OSError, ValueError) as error:
+            seen[what] = " ".join(str(error).split())
+    return seen
 
 
-def _unknown(what: str, error: Exception) -> str:
-    return f"whether test images are among {what} is not known: {' '.join(str(error).split())}"
+def seen_notes(seen: Seen, images: int) -> list[str]:
+    """What a report has to say of test images that were seen, or may have been.
+
+    Args: `seen`: as `seen_among`, of everything that has results; `images`: how many test images there are.
+
+    Example: `seen_notes({"the training images": 2}, 100)` is ["2 of 100 test images are among the training images"].
+    """
+    if all(count == 0 for count in seen.values()):
+        return ["no test image was found among those that were trained on, by its bytes or the end of its path"]
+    unknown = {what: why for what, why in seen.items() if isinstance(why, str)}
+    return [
+        *(f"whether test images are among {what} is not known: {why}" for what, why in unknown.items()),
+        *(f"{count} of {images} test images are among {what}" for what, count in seen.items() if what not in unknown),
+    ]

@@ -15,13 +15,16 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from contrastive_core.data import LabelAmount, sample_ids
@@ -36,13 +39,16 @@ from cpc.frozen_encoder import MODES
 from cpc.label_bench import Arm, Bench, Cell, Plan, choices_of, run_fingerprint, usable
 from cpc.label_cells import CellFolder
 from cpc.label_costs import duration, planned_seconds
-from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH, CellResult
+from cpc.label_curves import SCRATCH, CellResult
 from cpc.label_protocols import Both, Length
 from cpc.label_recipes import RECIPES, networks_from_scratch, protocols_of, run_cell
 from cpc.label_report import write_failures, write_report
 from cpc.run import plain
 from cpc.run_folder import MAY_CHANGE, check_no_file, differing_keys
-from cpc.seen_images import seen_notes
+from cpc.seen_images import seen_among, seen_notes
+
+LEAST = {"lr": 0, "weight_decay": 0, "encoder_lr": 0, "neighbours": 1, "cells": 1}
+"""The least that a setting may say."""
 
 LEARNED_FROM_LABELS = ("Classifier", "Distill")
 
@@ -104,6 +110,8 @@ def check_asked(cfg: DictConfig) -> None:
         unknown = [protocol for protocol in cfg[name] if protocol not in protocols_of(name)]
         if unknown:
             raise ValueError(f"{name}={unknown}: pass some of {', '.join(protocols_of(name))}")
+    if not (cfg.protocols or cfg.random or cfg.scratch):
+        raise ValueError("no arm asked for: pass protocols=, random= or scratch=, or leave them as they are")
     if not amounts_of(cfg):
         raise ValueError("no labels asked for: pass fractions=[0.01,0.1], labels=[20,40] or labels_per_class=[1,2]")
     for name, least in {
@@ -113,9 +121,15 @@ def check_asked(cfg: DictConfig) -> None:
         "encodings": 1,
         "shards": 1,
         "workers": 0,
+        "head_layer": 0,
     }.items():
         if cfg[name] < least:
             raise ValueError(f"{name}={cfg[name]}: pass at least {least}")
+    for name in ("few", "bad_images"):
+        if not 0 <= cfg[name] <= 1:
+            raise ValueError(f"{name}={cfg[name]}: pass a share from 0 to 1")
+    if not 0 <= cfg.classifier.dropout < 1:
+        raise ValueError(f"classifier.dropout={cfg.classifier.dropout}: pass a share from 0 to below 1")
     if not 0 <= cfg.shard < cfg.shards:
         raise ValueError(f"shard={cfg.shard} of shards={cfg.shards}: pass 0 to {cfg.shards - 1}")
     if cfg.mode is not None and cfg.mode not in MODES:
@@ -132,11 +146,6 @@ def check_asked(cfg: DictConfig) -> None:
     asked = [RECIPES[name] for name in (*cfg.protocols, *cfg.random, *cfg.scratch)]
     for name, keys in {recipe.settings: recipe.in_a_setting for recipe in asked if recipe.settings}.items():
         _check_settings(name, keys, cfg.settings.get(name))
-    most = max((len(cfg.settings[name]) for name in cfg.protocols if RECIPES[name].takes_steps), default=1)
-    if set(cfg.scratch) & set(networks_from_scratch()) and len(cfg.settings.scratch) < most:
-        raise ValueError(
-            f"settings.scratch has {len(cfg.settings.scratch)} settings, what is pre-trained up to {most}: pass as many"
-        )
 
 
 def _check_settings(name: str, keys: Sequence[str], settings: Any) -> None:
@@ -146,6 +155,9 @@ def _check_settings(name: str, keys: Sequence[str], settings: Any) -> None:
     for setting in settings:
         if not (OmegaConf.is_dict(setting) and setting.keys() == set(keys)):  # a shell may have eaten braces and commas
             raise ValueError(f"settings.{name} has {setting!r}: pass {shown} in quotes, one setting or more")
+        for key, value in setting.items():
+            if not isinstance(value, int | float) or value < LEAST[key]:
+                raise ValueError(f"settings.{name} has {key}={value}: pass a number of at least {LEAST[key]}")
 
 
 def amounts_of(cfg: DictConfig) -> list[LabelAmount]:
@@ -299,7 +311,7 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: CellFolder) -> Iterat
             folder.keep(cell, result)
         except Exception as error:  # whatever it is, the other cells are worth having
             if wants_traceback():
-                raise
+                traceback.print_exc()
             wrong = " ".join(f"{type(error).__name__}: {error}".split())
             folder.keep_failure(cell, wrong)
         took, expected = took + time.perf_counter() - began, expected + planned[cell]
@@ -353,7 +365,7 @@ def sweep(cfg: DictConfig) -> Path:
     mine = [cell for cell in share_of(cells, len(bench.choices), cfg.shard, cfg.shards) if cell in set(missing)]
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(cells)} cells, {len(cells) - len(missing)} are there already")
-    about = notes(cfg, bench)
+    about = known_of(cfg, bench)
     failed: dict[str, str] = {}
     due = time.monotonic() + REPORT_EVERY
     for cell, wrong in run_cells(bench, mine, folder) if mine else ():
@@ -379,14 +391,12 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
             "seconds": round(sum(table.seconds for table in bench.tables.values()), 1),
         }
         missing = sum(not folder.has(cell) for cell in cells)
-        before = read_json(out / "summary.json", largest=1 << 26) if (out / "summary.json").is_file() else {}
         about = {**about, "cells": len(results) + missing, "features": features, "failed": folder.failures()}
-        about["runs"] = before.get("runs", {}) | about["runs"]  # another command's arms are in the folder, too
-        about["commands"] = list(dict.fromkeys([*before.get("commands", []), *about["commands"]]))
+        about |= _with_what_other_commands_knew(out / "summary.json", about)
         methods = dict.fromkeys(result.method for result in results if result.method not in (SCRATCH, "random"))
         groups = {method: about["runs"].get(method, []) for method in methods}
         about["other_networks"] = other_networks(groups, folder.trained_from_scratch())
-        about["notes"] = [*about["notes"], *lengths_from_scratch(bench.plan, results)]
+        about["notes"] = notes(about, folder) + lengths_from_scratch(bench.plan, results)
         write_report(out, results, bench.test.labels, about)
 
 
@@ -407,28 +417,59 @@ def lengths_from_scratch(plan: Plan, results: Sequence[CellResult]) -> list[str]
     ]
 
 
-def notes(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
-    """What a reader of the report has to know about where its numbers come from."""
-    probed = [run for run in cfg.runs if (run_config(run)[1].get("probe_every") or 0) > 0]
-    said = seen_notes(bench.test, plain(cfg.data), cfg.runs, build)
-    if probed:
-        watched = ", ".join(probed)
-        said.append(f"a kNN probe with labels of training images watched pre-training, for its log alone: {watched}")
-    groups, first = grouped_runs(list(cfg.runs)), str(cfg.runs[0])
-    others = other_networks(groups, read_card(first)[1])
-    if others and set(cfg.scratch) & set(OF_THE_SAME_NETWORK):
-        said.append(f"the network from scratch is that of {first}: {', '.join(others)} is not held against it alone")
-    if "patches" in cfg.scratch and not has_patches(first):
-        said.append(f"no network on patches from scratch: the first run, {first}, was trained on whole images")
+def known_of(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
+    """What a command knows of its images and runs, for the report and for later commands in the folder."""
     return {
-        "commands": [shlex.join(["python", *sys.argv])],
-        "runs": groups,
+        "commands": [shown_command()],
+        "runs": grouped_runs(list(cfg.runs)),
         "train_images": len(bench.labels),
         "test_images": len(bench.test),
         "classes": bench.classes,
         "torch": torch.__version__,
-        "notes": said,
+        "scikit-learn": version("scikit-learn"),
+        "seen": seen_among(bench.test, plain(cfg.data), cfg.runs, build),
+        "probed": [run for run in cfg.runs if (run_config(run)[1].get("probe_every") or 0) > 0],
+        "without_patches": [first for first in cfg.runs[:1] if "patches" in cfg.scratch and not has_patches(first)],
     }
+
+
+def _with_what_other_commands_knew(summary: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The part of `about` that holds for the whole folder: what is known of others' arms, which are in the figure too.
+
+    Of a summary that cannot be read nothing is known: the cells are what counts.
+    """
+    try:
+        before = read_json(summary, largest=1 << 26)
+        return {name: {**before.get(name, {}), **about[name]} for name in ("runs", "seen")} | {
+            name: list(dict.fromkeys([*before.get(name, []), *about[name]]))
+            for name in ("commands", "probed", "without_patches")
+        }
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def notes(about: Mapping[str, Any], folder: CellFolder) -> list[str]:
+    """What a reader of the report has to know about where its numbers come from."""
+    said = seen_notes(about["seen"], about["test_images"])
+    if about["probed"]:
+        watched = ", ".join(about["probed"])
+        said.append(f"a kNN probe with labels of training images watched pre-training, for its log alone: {watched}")
+    if about["other_networks"] and folder.trained_from_scratch() is not None:
+        others = ", ".join(about["other_networks"])
+        said.append(f"the network from scratch is not that of {others}: no saving against it alone is theirs")
+    said += [
+        f"no network on patches from scratch: the first run, {run}, was trained on whole images"
+        for run in about["without_patches"]
+    ]
+    return said
+
+
+def shown_command() -> str:
+    """What does all cells of this command in one process, whichever launcher and shard this is."""
+    if not HydraConfig.initialized():
+        return shlex.join(["python", *sys.argv])
+    given = [each for each in HydraConfig.get().overrides.task if not each.startswith(("shard=", "shards="))]
+    return shlex.join(["python", "tools/sweep_labels.py", *given])
 
 
 LISTS = ("runs", "fractions", "labels", "labels_per_class", "protocols", "random", "scratch")
@@ -437,13 +478,13 @@ LISTS = ("runs", "fractions", "labels", "labels_per_class", "protocols", "random
 def arguments(given: Sequence[str]) -> list[str]:
     """Command-line arguments in which lists have their brackets, which a shell may read itself.
 
-    Example: `arguments(["runs=a", "labels=20,40", "out=b"])` is `["runs=[a]", "labels=[20,40]", "out=b"]`, with
+    Example: `arguments(["runs=a", "labels=20,40", "random="])` is `["runs=[a]", "labels=[20,40]", "random=[]"]`, with
     --multirun too: a job for each of two label counts, where each wants a list, cannot be meant.
     """
 
     def bracketed(argument: str) -> str:
         key, _, value = argument.partition("=")
-        bare = key in LISTS and bool(value) and not value.startswith(("[", "$")) and value != "null"
+        bare = key in LISTS and "=" in argument and not value.startswith(("[", "$")) and value != "null"
         return f"{key}=[{value}]" if bare else argument
 
     return [bracketed(argument) for argument in given]

@@ -242,7 +242,7 @@ def test_options_may_stand_anywhere(given, read):
     (["runs=a/b", "labels=20,40", "out=c"], ["runs=[a/b]", "labels=[20,40]", "out=c"]),
     (["runs=[a,b]", "scratch=[]", "random=null"], ["runs=[a,b]", "scratch=[]", "random=null"]),
     (["-m", "shard=0,1", "labels=20,40", "runs=a"], ["-m", "shard=0,1", "labels=[20,40]", "runs=[a]"]),
-    (["--cfg", "job", "protocols="], ["--cfg", "job", "protocols="]),
+    (["--cfg", "job", "random=", "protocols"], ["--cfg", "job", "random=[]", "protocols"]),
 ])  # fmt: skip
 def test_a_sweeps_lists_need_no_brackets(given, read):
     assert cpc.sweep_labels.arguments(given) == read

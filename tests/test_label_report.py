@@ -88,6 +88,7 @@ ABOUT: dict[str, Any] = {
     "test_images": 40,
     "classes": 4,
     "torch": "9.9.9",
+    "scikit-learn": "8.8.8",
     "notes": ["a note"],
     "cells": 12,
     "other_networks": [],
@@ -144,7 +145,7 @@ def test_the_report_says_what_its_reader_has_to_know(tmp_path: Path):
     lines = (tmp_path / "report.md").read_text().splitlines()
     for expected in (
         "8 of 12 cells; 4,000 training and 40 test images of 4 classes; torch 9.9.9, "
-        f"Python {platform.python_version()}; 0.00 h.",
+        f"scikit-learn 8.8.8, Python {platform.python_version()}; 0.00 h.",
         *(f"    {command}" for command in ABOUT["commands"]),
         "- a note",
         "- one pre-training run of CPC linear at 10 labels: intervals leave its luck out",

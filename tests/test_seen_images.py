@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from contrastive_core.data import ImageDataset, Splits, imagefolder
-from cpc.seen_images import count_seen, seen_notes
+from cpc.seen_images import count_seen, seen_among, seen_notes
 
 
 def noise(count: int, seed: int) -> np.ndarray:
@@ -76,16 +76,20 @@ def test_the_report_says_what_was_seen_by_whom_and_what_is_not_known(run, tmp_pa
     training = {"_target_": "contrastive_core.data.parquet", "train": "labelled", "size": 8}
     clean, leaky, gone = (run(name, name) for name in ("clean", "leaky", "gone"))
     same = run("same", "labelled")
-    assert seen_notes(test, training, [clean, same], read) == [
+    seen = seen_among(test, training, [clean, same], read)
+    assert list(seen.values()) == [0, 0, 0]
+    assert seen_notes(seen, 3) == [
         "no test image was found among those that were trained on, by its bytes or the end of its path"
     ]
     assert asked == [("labelled", 8), ("clean", 8)], "each data set once"
-    assert seen_notes(test, training, [leaky, gone, str(tmp_path)], read) == [
-        f"whether test images are among {tmp_path} is not known: no {tmp_path / 'config.yaml'} that says on which data"
-        " the run was trained: pass data=NAME",
-        f"1 of 3 test images are among those that {leaky} was pre-trained on",
+    seen = seen_among(test, training, [leaky, gone, str(tmp_path)], read)
+    assert seen_notes(seen, 3) == [
         f"whether test images are among those that {gone} was pre-trained on is not known: no gone",
+        f"whether test images are among those that {tmp_path} was pre-trained on is not known: no "
+        f"{tmp_path / 'config.yaml'} that says on which data the run was trained: pass data=NAME",
+        "0 of 3 test images are among the training images",
+        f"1 of 3 test images are among those that {leaky} was pre-trained on",
     ]
-    unread = seen_notes(test, training | {"train": "nowhere"}, [gone], read)
+    unread = seen_notes(seen_among(test, training | {"train": "nowhere"}, [gone], read), 3)
     assert len(unread) == 2
     assert all("is not known" in note for note in unread), "nothing was looked at, so nothing is said to be clean"

@@ -12,6 +12,7 @@ import hydra
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from small_digits import small_digits
 
@@ -162,7 +163,7 @@ def test_the_summary_says_what_is_saved_and_what_is_not_known(swept, runs):
     assert {row["method"] for row in summary["savings"] if row["against"] == "same network from scratch"} == {
         "CPC", "random"
     }, "SimCLR's is another"  # fmt: skip
-    assert f"the network from scratch is that of {runs[0]}: SimCLR is not held against it alone" in summary["notes"]
+    assert "the network from scratch is not that of SimCLR: no saving against it alone is theirs" in summary["notes"]
     assert {row["runs"] for row in summary["savings"] if row["method"] == "CPC"} == {2}
     report = (swept / "report.md").read_text()
     assert "one pre-training run of SimCLR" in report
@@ -192,6 +193,23 @@ def test_another_command_s_runs_stay_known(configured, runs, tmp_path):
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["runs"] == {"CPC": [str(run) for run in runs[:2]], "SimCLR": [str(runs[2])]}
     assert {row["method"] for row in summary["accuracies"]} == {"CPC", "SimCLR", "scratch"}
+
+
+def test_what_another_command_s_run_has_seen_stays_in_the_report(configured, runs, tmp_path):
+    """Its row is in the table still: a run that was pre-trained on the test images, then one that was not."""
+    leaky = shutil.copytree(runs[2], tmp_path / "leaky")
+    written = OmegaConf.load(leaky / "config.yaml")
+    written.data.train = written.data.test
+    OmegaConf.save(written, leaky / "config.yaml")
+    few = ["labels=[20]", "seeds=1", "random=[]", "protocols=[knn]", "scratch=[logistic]"]
+    data = OmegaConf.load(runs[0] / "config.yaml").data
+    sweep(configured(*few, f"runs=[{leaky}]", "data=parquet", f"data.train={data.train}", f"data.test={data.test}"))
+    sweep(configured(*few))
+    report = (tmp_path / "out/report.md").read_text()
+    assert f"- 100 of 100 test images are among those that {leaky} was pre-trained on" in report
+    assert f"- 0 of 100 test images are among those that {runs[0]} was pre-trained on" in report
+    assert f"watched pre-training, for its log alone: {leaky}" in report
+    assert "no test image was found" not in report
 
 
 def test_the_same_network_is_that_of_the_cells_whichever_command_made_them(configured, runs, tmp_path):
@@ -300,19 +318,51 @@ def test_a_cell_that_breaks_is_told_and_does_not_stop_the_rest(configured, tmp_p
     assert "failed" not in report.read_text()
 
 
-def test_where_every_cell_breaks_the_report_says_so(configured, tmp_path):
+@pytest.fixture
+def without_neighbours(monkeypatch):
+    """Every cell of kNN breaks, whatever it is asked."""
+
+    def broken(*features, **options):
+        raise RuntimeError("no neighbours")
+
+    monkeypatch.setattr("cpc.label_protocols.knn_predictions", broken)
+
+
+def test_where_every_cell_breaks_the_report_says_so(configured, tmp_path, without_neighbours):
     with pytest.raises(Incomplete, match="4 of 4 cells failed"):
-        sweep(configured(*QUICK, "scratch=[]", "settings.knn=[{neighbours:5,cells:0}]"))
+        sweep(configured(*QUICK, "scratch=[]"))
     report = (tmp_path / "out/report.md").read_text()
     assert "No cell is done." in report
     assert report.count("- CPC knn: labels=") == 4
 
 
-def test_an_arm_that_cannot_even_be_timed_does_not_stop_the_rest(configured, tmp_path, capsys):
+@pytest.mark.parametrize("whole_tracebacks", ["0", "1"])
+def test_an_arm_that_cannot_even_be_timed_does_not_stop_the_rest(
+    configured, tmp_path, without_neighbours, monkeypatch, capsys, whole_tracebacks
+):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", whole_tracebacks)
     with pytest.raises(Incomplete):
-        sweep(configured(*QUICK, "settings.knn=[{neighbours:5,cells:0}]"))
+        sweep(configured(*QUICK))
     assert len(files(tmp_path / "out")) == 4
-    assert "into 0 x 0 cells" in (tmp_path / "out/report.md").read_text()
+    assert "RuntimeError: no neighbours" in (tmp_path / "out/report.md").read_text()
+    assert ("Traceback" in capsys.readouterr().err) == (whole_tracebacks == "1")
+
+
+def test_a_cell_that_is_no_whole_file_is_named(configured, tmp_path):
+    few = ["labels=[20]", "seeds=1", "scratch=[]", "random=[]", "protocols=[knn]"]
+    sweep(configured(*few))
+    (written,) = files(tmp_path / "out")
+    written.write_text(written.read_text()[:100])
+    with pytest.raises(ValueError, match=rf"{written}"):
+        sweep(configured(*few))
+
+
+def test_a_summary_that_is_no_whole_file_costs_nothing(configured, tmp_path):
+    few = ["labels=[20]", "seeds=1", "scratch=[]", "random=[]", "protocols=[knn]"]
+    sweep(configured(*few))
+    (tmp_path / "out/summary.json").write_text("")
+    sweep(configured(*few))
+    assert list(json.loads((tmp_path / "out/summary.json").read_text())["runs"]) == ["CPC"]
 
 
 DIVERGES = "{lr:1e30,weight_decay:0.0}"
@@ -449,6 +499,20 @@ def test_networks_of_other_steps_are_refused_and_probes_take_none(configured, tm
     assert len(files(tmp_path / "out")) == 4
 
 
+def test_networks_from_scratch_choose_from_as_many_settings_whichever_command_trains_them(configured, tmp_path):
+    few = ["labels=[10]", "seeds=1", "random=[]"]
+    sweep(configured(*few, "scratch=[cnn]", "protocols=[]", "settings.scratch=[{lr:1e-3,weight_decay:0.0}]"))
+    before = files(tmp_path / "out")
+    tuned = [*few, "scratch=[]", "protocols=[classifier]"]
+    with pytest.raises(
+        ValueError, match=r"scratch cnn has 1 of settings\.scratch to choose from, CPC classifier has 2"
+    ):
+        sweep(configured(*tuned))
+    assert files(tmp_path / "out") == before
+    sweep(configured(*tuned, "settings.classifier=[{lr:0.1,weight_decay:0.0}]"))
+    assert len(files(tmp_path / "out")) == 2
+
+
 def test_cells_of_an_older_version_are_refused(configured, tmp_path):
     """The SVM's choice of a kernel has changed since its first."""
     few = ["labels=[20]", "seeds=1", "scratch=[svm]", "random=[]", "protocols=[]"]
@@ -577,6 +641,11 @@ def test_shards_of_other_launchers_are_one_curve(runs, tmp_path, run_tool, launc
         for out in ("alone", "together")
     )
     assert together == alone
+    commands = {
+        out: json.loads((tmp_path / out / "summary.json").read_text())["commands"] for out in ("alone", "together")
+    }
+    assert commands["together"] == [each.replace("out=alone", "out=together") for each in commands["alone"]]
+    assert commands["alone"][0].startswith(f"python tools/sweep_labels.py 'runs=[{runs[0]}]' ")
 
 
 # ---- what a cell sees ----
@@ -736,7 +805,21 @@ def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
         ),
         (["labels=[20]", "settings.linear=null"], "settings.linear has none: pass"),
         (["labels=[20]", "scratch_times=0.5"], "scratch_times=0.5: pass at least 1"),
-        (["labels=[20]", "settings.scratch=[{lr:1e-3,weight_decay:0.0}]"], "settings.scratch has 1 settings"),
+        (
+            ["labels=[20]", "settings.scratch=[{lr:1e-3,weight_decay:0.0}]"],
+            "scratch cnn has 1 of settings.scratch to choose from, CPC classifier has 2: pass as many",
+        ),
+        (["labels=[20]", "settings.knn=[{neighbours:5,cells:0}]"], "settings.knn has cells=0: pass a number of at lea"),
+        (
+            ["labels=[20]", "settings.scratch=[{lr:-1,weight_decay:0}]"],
+            "settings.scratch has lr=-1: pass a number of a",
+        ),
+        (["labels=[20]", "settings.scratch=[{lr:a,weight_decay:0}]"], "settings.scratch has lr=a: pass a number of at"),
+        (["labels=[20]", "classifier.dropout=4"], "classifier.dropout=4: pass a share from 0 to below 1"),
+        (["labels=[20]", "few=-1"], "few=-1.0: pass a share from 0 to 1"),
+        (["labels=[20]", "bad_images=7"], "bad_images=7.0: pass a share from 0 to 1"),
+        (["labels=[20]", "head_layer=-7"], "head_layer=-7: pass at least 0"),
+        (["labels=[20]", "protocols=[]", "random=[]", "scratch=[]"], "no arm asked for: pass protocols="),
         (["labels=[20]", "labels_per_class=[2]"], "labels_per_class=2 and labels=20 are 20 labels both"),
         (["labels=[20]", "protocols=[head]"], "none of the runs has a projection head: leave it out"),
     ],
