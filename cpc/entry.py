@@ -12,11 +12,11 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_origin, get_type_hints
 
 import hydra
 import torch
@@ -104,6 +104,8 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
     ConfigStore.instance().store(f"{config_name.split('_')[0]}_schema", schema)
 
     composed, level = False, "normal"
+    keys = list(get_type_hints(schema))
+    lists = [name for name, kind in get_type_hints(schema).items() if get_origin(kind) is list]
 
     def run(cfg: DictConfig) -> None:
         nonlocal composed
@@ -128,7 +130,7 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
         except (*USER_ERRORS, HydraException) as error:
             if wants_traceback():
                 raise
-            sys.exit(told(error))
+            sys.exit(told(error, keys))
         except (MemoryError, RuntimeError) as error:
             remedy = way_out(error)
             if wants_traceback() or not remedy:
@@ -147,6 +149,7 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
         with _hydra_raises(), _arguments_as_they_were():
             try:
                 level, sys.argv[1:] = take_verbosity(overrides_first(sys.argv[1:]))
+                sys.argv[1:] = [bracketed(argument, lists) for argument in sys.argv[1:]]
                 entry()
                 _leave_group()  # here, since the next job of --multirun is in the same one
             except Incomplete as error:
@@ -155,7 +158,7 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
                 # whatever hydra raises before the job begins is about the command line: its parser asserts, too
                 if composed or wants_traceback():
                     raise
-                sys.exit(told(error))
+                sys.exit(told(error, keys))
 
     return main
 
@@ -173,6 +176,17 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
     """
     overrides = [each for each in arguments if not each.startswith("-") and ("=" in each or each.startswith("~"))]
     return overrides + [each for each in arguments if each not in overrides]
+
+
+def bracketed(argument: str, lists: Collection[str]) -> str:
+    """A command-line argument whose list has its brackets, which a shell may read itself.
+
+    Example: where "labels" is a list, `labels=20,40` is `labels=[20,40]` and `labels=` is `labels=[]`, with --multirun
+    too: a job for each of two label counts, where each wants a list, cannot be meant.
+    """
+    key, equals, value = argument.partition("=")
+    written = re.match(r"\[|\$|null$|\w+\(", value)  # a list, an interpolation, nothing, a sweep over several lists
+    return f"{key}=[{value}]" if equals and key in lists and not written else argument
 
 
 def _leave_group() -> None:
@@ -254,23 +268,42 @@ def config_search() -> AbstractContextManager[Any]:
     return hydra.initialize_config_dir(config_folder(), version_base="1.3")
 
 
-def told(error: BaseException) -> int:
-    """Print a mistake in one line on stderr; returns the exit code, 2."""
+def told(error: BaseException, keys: Collection[str] = ()) -> int:
+    """Print a mistake in one line on stderr; returns the exit code, 2. `keys`: those of the tool's configuration."""
     text = str(error)
     if "in DataLoader worker process" in text:  # torch puts the worker's whole traceback before what it said
         text = text.strip().rpartition("\n")[2].partition(": ")[2]
     text = " ".join(text.split())
     if isinstance(error, HydraException):
-        text = _in_one_line(text, error.__cause__)
+        text = _in_one_line(text, error.__cause__, keys)
+    for said, meaning in _HYDRA_SAYS.items():
+        if found := re.fullmatch(said, text):
+            text = found.expand(meaning)
     print(f"error: {text or type(error).__name__}", file=sys.stderr)
     return 2
 
 
-def _in_one_line(text: str, cause: BaseException | None) -> str:
+_HYDRA_SAYS = {
+    r"Error parsing override '(.*?)' missing EQUAL .*": r"'\1' has no value: pass \1=VALUE",
+    r"Config group override must be a string or a list\..*": "a value without a key: pass KEY=VALUE",
+    r"Interpolation key '(.*?)' not found full_key: (\S+) .*": r"\2 is taken from \1, which is not there: pass it",
+    r"Key '(\w+)' not in '\w+' .*": r"~\1: this key cannot be left out, pass \1=VALUE",
+    r"Cannot instantiate config of type (\w+)\..*": r"a \1 where something is to be built: pass its keys",
+    r"Error merging override (\S+): .* is not a ListConfig, list or tuple\..*": r"\1: pass a list, [A,B]",
+    r"Error merging override (\S+): .* could not be converted to Integer.*": r"\1: pass a whole number",
+    r"Error merging override (\S+): .* could not be converted to Float.*": r"\1: pass a number",
+    r"Error merging override (\S+): .* is not a valid bool.*": r"\1: pass true or false",
+}
+"""What hydra and omegaconf say in words of their own code, and what it means to somebody at a command line."""
+
+
+def _in_one_line(text: str, cause: BaseException | None, keys: Collection[str]) -> str:
     """What hydra says of a configuration, without its folders, and with the key that was probably meant."""
     if unknown := re.match("Could not override '([^']+)'", text):
+        nested = "." in unknown[1] or not keys
         name = unknown[1].rpartition(".")[2]
-        meant = difflib.get_close_matches(name, _known_keys() - {name}, n=1, cutoff=0.7)
+        known = _known_keys() if nested else set(keys)
+        meant = difflib.get_close_matches(name, known - {name}, n=1, cutoff=0.7)
         adding = f"; +{unknown[1]}=VALUE adds an argument to what is built there" if "." in unknown[1] else ""
         return f"{unknown[0]}: there is no such key" + (f"; did you mean {meant[0]!r}?" if meant else "") + adding
     text = text.partition(" Config search path:")[0]

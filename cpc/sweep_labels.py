@@ -472,31 +472,7 @@ def shown_command() -> str:
     return shlex.join(["python", "tools/sweep_labels.py", *given])
 
 
-LISTS = ("runs", "fractions", "labels", "labels_per_class", "protocols", "random", "scratch")
-
-
-def arguments(given: Sequence[str]) -> list[str]:
-    """Command-line arguments in which lists have their brackets, which a shell may read itself.
-
-    Example: `arguments(["runs=a", "labels=20,40", "random="])` is `["runs=[a]", "labels=[20,40]", "random=[]"]`, with
-    --multirun too: a job for each of two label counts, where each wants a list, cannot be meant.
-    """
-
-    def bracketed(argument: str) -> str:
-        key, _, value = argument.partition("=")
-        bare = key in LISTS and "=" in argument and not value.startswith(("[", "$")) and value != "null"
-        return f"{key}=[{value}]" if bare else argument
-
-    return [bracketed(argument) for argument in given]
-
-
-_command = command("sweep_labels", sweep, schema=SweepSchema)
-
-
-def main() -> None:
-    """The command."""
-    sys.argv[1:] = arguments(sys.argv[1:])
-    _command()
+main = command("sweep_labels", sweep, schema=SweepSchema)
 
 
 if __name__ == "__main__":

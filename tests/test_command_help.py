@@ -29,7 +29,7 @@ import cpc.sweep_labels
 from cpc import doctor
 from cpc.command_help import defaults, help_text, keys
 from cpc.configs import config_folder
-from cpc.entry import overrides_first, own_folders
+from cpc.entry import bracketed, overrides_first, own_folders
 from cpc.verbosity import take_verbosity
 
 HYDRA = {
@@ -239,13 +239,20 @@ def test_options_may_stand_anywhere(given, read):
 
 
 @pytest.mark.parametrize(("given", "read"), [
-    (["runs=a/b", "labels=20,40", "out=c"], ["runs=[a/b]", "labels=[20,40]", "out=c"]),
-    (["runs=[a,b]", "scratch=[]", "random=null"], ["runs=[a,b]", "scratch=[]", "random=null"]),
-    (["-m", "shard=0,1", "labels=20,40", "runs=a"], ["-m", "shard=0,1", "labels=[20,40]", "runs=[a]"]),
-    (["--cfg", "job", "random=", "protocols"], ["--cfg", "job", "random=[]", "protocols"]),
+    ("runs=a/b", "runs=[a/b]"),
+    ("labels=20,40", "labels=[20,40]"),
+    ("labels=", "labels=[]"),
+    ("runs=[a,b]", "runs=[a,b]"),
+    ("labels=null", "labels=null"),
+    ("labels=${other}", "labels=${other}"),
+    ("labels=choice([1],[2])", "labels=choice([1],[2])"),
+    ("labels", "labels"),
+    ("out=c", "out=c"),
+    ("-m", "-m"),
+    ("shard=0,1", "shard=0,1"),
 ])  # fmt: skip
-def test_a_sweeps_lists_need_no_brackets(given, read):
-    assert cpc.sweep_labels.arguments(given) == read
+def test_lists_need_no_brackets(given, read):
+    assert bracketed(given, ["runs", "labels"]) == read
 
 
 # ---- what was probably meant ----

@@ -395,7 +395,7 @@ MISTAKES = [
     ("run={simclr} labels=20 data=typo", "Could not find 'data/typo'"),
     ("run={simclr} labels=20 data=parquet", "error: not given: data.train"),
     ("run={simclr} labels=20 steps=0", "error: steps=0: pass at least 1"),
-    ("run={simclr} labels=abc", "Error merging override labels=abc"),
+    ("run={simclr} labels=abc", "labels=abc: pass a whole number"),
     ("run={simclr} labels=20 label_smothing=0.1", "Could not override 'label_smothing'"),
 ]
 

@@ -218,8 +218,8 @@ def test_default_run_dirs_tell_what_and_when():
 
 MISTAKES = [
     ("experiment=typo", "Could not find 'experiment/typo'"),
-    ("steps=abc", "Error merging override steps=abc"),
-    ("patch.size=abc", "Error merging override patch.size=abc"),
+    ("steps=abc", "steps=abc: pass a whole number"),
+    ("patch.size=abc", "patch.size=abc: pass a whole number"),
     ("stpes=3", "Could not override 'stpes'"),
     ("patch.sise=3", "Could not override 'patch.sise'"),
     ("steps=0", "error: steps=0: pass at least 1"),
