@@ -157,7 +157,7 @@ def train_steps(
     grad_cache: bool = False,
     watched: Callable[[int], bool] = lambda step: True,
 ) -> Iterator[StepResult]:
-    """Take optimizer steps `start` .. `steps` - 1 and yield after each.
+    """Take optimizer steps `start` .. `steps` - 1 and yield after each; batches beyond them are left alone.
 
     Args:
         method, optimizer: as `accelerator.prepare` gave them back.
@@ -173,7 +173,7 @@ def train_steps(
             processes. Of the others those are left out that a GPU is waited for (`contrastive_core.metrics.watching`).
 
     Raises FloatingPointError before a loss or a gradient that is not finite reaches the weights, ValueError where
-    `grad_cache` is asked of a method that does not come in two halves.
+    `grad_cache` is asked of a method that does not come in two halves, or batches end before the last step.
     """
     bare: Method = accelerator.unwrap_model(method)
     if grad_cache:
@@ -183,7 +183,7 @@ def train_steps(
     coming = makers_of(batches, views, seed=seed, start=start, device=accelerator.device)
     following = next(coming, None)
     step, skipped = start, 0
-    while following is not None:
+    while following is not None and step < steps:
         micro_batches, makers = following
         # the learning rate is a function of the step alone: nothing to save, nothing to step twice; read at the middle
         # of the step, so that neither the first of a warm-up nor the last of a decay is a step of rate 0
@@ -217,3 +217,5 @@ def train_steps(
         yield StepResult(step, totals, [fault for loaded in micro_batches for fault in loaded.faults])
         if not ahead:
             following = next(coming, None)
+    if step < steps:
+        raise ValueError(f"batches ended before step {step + 1} of {steps}: pass one for each")

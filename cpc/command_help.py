@@ -105,7 +105,7 @@ def help_text(folder: Path, name: str, more: Sequence[Path] = ()) -> str:
         chosen.append(_wrapped(f"{group}=", ", ".join(options), 17))
     parts = [
         "\n".join(head(lines)),
-        "groups, chosen by name:\n" + "\n".join(chosen),
+        *(["groups, chosen by name:\n" + "\n".join(chosen)] if chosen else []),
         "keys, with their defaults (KEY=VALUE):\n" + _keys_text(lines),
         EVERYWHERE,
     ]

@@ -181,8 +181,8 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
 def bracketed(argument: str, lists: Collection[str]) -> str:
     """A command-line argument whose list has its brackets, which a shell may read itself.
 
-    Example: where "labels" is a list, `labels=20,40` is `labels=[20,40]` and `labels=` is `labels=[]`, with --multirun
-    too: a job for each of two label counts, where each wants a list, cannot be meant.
+    Example: `bracketed("labels=20,40", ["labels"])` is "labels=[20,40]", and `bracketed("labels=", ["labels"])` is
+    "labels=[]", with --multirun too: a job for each of two label counts, where each wants a list, cannot be meant.
     """
     key, equals, value = argument.partition("=")
     written = re.match(r"\[|\$|null$|\w+\(", value)  # a list, an interpolation, nothing, a sweep over several lists

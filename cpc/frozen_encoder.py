@@ -46,6 +46,7 @@ class Latents(nn.Module):
         self.patch_size, self.stride = patch_size, stride
         self.mode = mode or ("patches" if patch_size else "image")
         self.readout = readout
+        self._check_names()
 
     @property
     def grid_dim(self) -> int:
@@ -75,6 +76,9 @@ class Latents(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(images.shape)} and dtype {images.dtype}: pass floats b 3 h w in [0, 1]"
             )
+        self._check_names()
+
+    def _check_names(self) -> None:
         if self.mode not in MODES or self.readout not in READOUTS:
             raise ValueError(f"mode={self.mode!r}, readout={self.readout!r}: pass one of {MODES} and one of {READOUTS}")
         if self.mode == "patches" and not self.patch_size:

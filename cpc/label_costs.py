@@ -7,44 +7,65 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from contrastive_core.evaluate.selection import LabelProtocol, Rows, selection_parts, whole_trials
 from cpc.label_bench import Bench, Cell
-from cpc.label_protocols import FinetuneProtocol, LatentProtocol, ProbeProtocol
+from cpc.label_protocols import FeatureTable, FinetuneProtocol, LatentProtocol, ProbeProtocol
 from cpc.label_recipes import protocol_of
+
+SAMPLE = 64
+"""Images by which encoding is timed, at least."""
 
 
 def planned_seconds(bench: Bench, cells: Sequence[Cell]) -> dict[Cell, float]:
     """How long each cell should take: a few steps, or one probe, of every arm are timed where its labels are fewest.
 
-    It is an estimate: a support vector machine's cost rises faster than its labels, and encoding images as they are,
-    once for all cells, is left out. An arm that cannot be timed takes no time: its cells say what is wrong with it.
+    Encoding images as they are, once for all cells of an encoder, is counted with the first of them. It is an estimate:
+    a support vector machine's cost rises faster than its labels. An arm that cannot be timed takes no time: its cells
+    say what is wrong with it.
     """
     seconds: dict[Cell, float] = {}
+    counted: set[FeatureTable] = set()
     for arm in dict.fromkeys(cell.arm for cell in cells):
         mine = {cell: bench.choices[cell.amount, cell.seed].indices for cell in cells if cell.arm == arm}
         fewest = min(mine.values(), key=len)
         try:
             protocol = protocol_of(bench, arm, fewest)
             copies = seconds_of_copies(protocol)
-            trial, image = timings(with_one_copy(protocol), fewest)
+            table = table_of(protocol)
+            few = table and table.of_others(torch.cat([fewest, bench.used[:SAMPLE]]).unique())
+            trial, image = timings(with_little_to_encode(protocol, few), fewest)
             seconds |= {
                 cell: whole_trials(len(protocol.settings), len(selection_parts(bench.labels[labels])))
                 * trial * protocol.cost(len(labels)) / protocol.cost(len(fewest))
                 + image * len(bench.test) + copies
                 for cell, labels in mine.items()
             }  # fmt: skip
+            if table and few and few.encoded and not table.encoded and table not in counted:
+                counted.add(table)
+                first = min(mine, key=lambda cell: cell.seed)
+                seconds[first] += few.seconds / few.encoded * (len(bench.used) + len(bench.test))
         except Exception:
             seconds |= dict.fromkeys(mine, 0.0)
     return seconds
 
 
-def with_one_copy(protocol: LabelProtocol[Any]) -> LabelProtocol[Any]:
-    """The same with one augmented copy of an image, where they are encoded first: a plan is not to wait for all."""
+def table_of(protocol: LabelProtocol[Any]) -> FeatureTable | None:
+    """The features that a protocol reads; None where it classifies images."""
+    return protocol.table if isinstance(protocol, ProbeProtocol | LatentProtocol) else None
+
+
+def with_little_to_encode(protocol: LabelProtocol[Any], few: FeatureTable | None) -> LabelProtocol[Any]:
+    """The same with features of few images, and one augmented copy of each: a plan is not to wait for all."""
+    if isinstance(protocol, ProbeProtocol) and few:
+        return replace(protocol, table=few)
+    if isinstance(protocol, LatentProtocol):
+        return replace(protocol, table=few or protocol.table, encodings=1)
     if isinstance(protocol, FinetuneProtocol):
         return replace(protocol, first=replace(protocol.first, encodings=1))
-    return replace(protocol, encodings=1) if isinstance(protocol, LatentProtocol) else protocol
+    return protocol
 
 
 def seconds_of_copies(protocol: LabelProtocol[Any]) -> float:

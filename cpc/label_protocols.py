@@ -90,6 +90,11 @@ class FeatureTable:
             raise ValueError("features of a training image were asked for that no choice of labels holds")
         return self._part("train")[places]
 
+    def of_others(self, used: Tensor) -> FeatureTable:
+        """The same of other training images, `m` int64, sorted; nothing of it is encoded yet."""
+        options = {"batch_size": self.batch_size, "workers": self.workers}
+        return FeatureTable(self.encode, self.splits, used, self.accelerator, **options)
+
     def _part(self, part: str) -> Tensor:
         if part not in self._parts:
             began = time.perf_counter()

@@ -287,7 +287,7 @@ def cells_of(cfg: DictConfig, bench: Bench) -> list[Cell]:
 
 
 def share_of(cells: Sequence[Cell], choices: int, shard: int, shards: int) -> list[Cell]:
-    """A shard's cells: every so-manieth choice of labels, beginning one later from arm to arm.
+    """A shard's cells: one choice of labels in `shards`, beginning one later from arm to arm.
 
     Args: `cells`: as `cells_of` has them, so many `choices` an arm.
 
@@ -319,7 +319,7 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: CellFolder) -> Iterat
         said = f"failed: {wrong}" if wrong else f"{result['accuracy']:.3f}"
         rest = len(order) - place - 1
         still = f"{rest} {'cell' if rest == 1 else 'cells'} left" + (f", about {duration(left)}" if rest else "")
-        print(f"{cell}: {said}; {still}", flush=True)
+        print(f"{cell}, {bench.choices[cell.amount, cell.seed].digest}: {said}; {still}", flush=True)
         yield cell, wrong
 
 

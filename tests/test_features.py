@@ -354,9 +354,16 @@ def test_a_cpc_runs_contexts_are_read_back(cpc_run):
 
 def test_contexts_that_there_are_not_are_named(cpc_run):
     folder, _ = cpc_run
-    encoder = load_encoder(folder, readout="context", mode="image")
-    with pytest.raises(ValueError, match='readout="context" wants the context networks of a CPC run and its patches'):
+    wanted = 'readout="context" wants the context networks of a CPC run and its patches'
+    with pytest.raises(ValueError, match=wanted):
+        load_encoder(folder, readout="context", mode="image")
+    encoder = load_encoder(folder, mode="image")
+    encoder.readout = "context"
+    with pytest.raises(ValueError, match=wanted):
         encoder(images())
+    for named in ({"readout": "patch"}, {"mode": "img"}):
+        with pytest.raises(ValueError, match="pass one of"):
+            load_encoder(folder, **named)
     (folder / "context.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no context\.safetensors"):
         load_encoder(folder, readout="context")

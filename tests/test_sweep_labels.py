@@ -307,7 +307,8 @@ def test_a_cell_that_breaks_is_told_and_does_not_stop_the_rest(configured, tmp_p
         with pytest.raises(Incomplete, match="2 of 8 cells failed: the same command tries them again"):
             sweep(configured(*QUICK))
     told = capsys.readouterr()
-    assert "CPC knn: labels=40, seed 1: failed: RuntimeError: out of luck; 0 cells left" in told.out
+    said = r"CPC knn: labels=40, seed 1, [0-9a-f]{12}: failed: RuntimeError: out of luck; 0 cells left"
+    assert re.search(said, told.out)
     report = tmp_path / "out/report.md"
     assert "failed: CPC knn: labels=20, seed 1: RuntimeError: out of luck" in report.read_text()
     assert len(files(tmp_path / "out")) == 6
@@ -391,7 +392,7 @@ def test_the_ordinary_network_suits_the_images(size, cnn):
     assert sized_cnn({**another, "widths": None}, size) == another
 
 
-def test_the_ordinary_network_is_sized_by_the_first_run(runs):
+def test_the_ordinary_network_is_sized_by_the_largest_images(runs):
     cfg = composed("sweep_labels", f"runs=[{runs[0]}]", "out=x", "labels=[20]")
     take_over_(cfg)
     assert cfg.cnn.widths == [32, 64, 128, 128]
@@ -401,7 +402,7 @@ def test_a_cell_of_settings_that_all_diverge_says_what_to_pass(configured, capsy
     cnn = ["labels=[20]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
     with pytest.raises(Incomplete, match="1 of 1 cells failed: the same command tries them again"):
         sweep(configured(*cnn, f"settings.scratch=[{DIVERGES}]", "scratch_times=2"))
-    said = r"scratch cnn: labels=20, seed 0: failed: FloatingPointError: the .* at step \d+: pass settings with a lower"
+    said = r"scratch cnn: labels=20, seed 0, \w+: failed: FloatingPointError: the .* at step \d+: pass settings with a lower"
     assert re.search(said, capsys.readouterr().out)
 
 
@@ -911,10 +912,24 @@ def test_a_plan_is_told_in_time_for_every_cell(configured):
     cells = cells_of(cfg, made)
     planned = planned_seconds(made, cells)
     assert set(planned) == set(cells)
-    assert all(seconds >= 0 for seconds in planned.values())
+    assert all(seconds > 0 for seconds in planned.values())
     # 40 labels of 4 a class are judged in three folds, 20 in two
     few, more = (Cell(Arm("CPC", "finetune", str(cfg.runs[0])), LabelAmount("labels", n), 0) for n in (20, 40))
     assert planned[more] > planned[few]
+
+
+def test_a_plan_encodes_few_images_and_counts_all(configured):
+    cfg = configured("labels=[20]", "seeds=2", "protocols=[linear]", "scratch=[]", "random=[]")
+    check_asked(cfg)
+    take_over_(cfg)
+    made = bench_of(cfg)
+    cells = cells_of(cfg, made)
+    encoding, nothing = planned_seconds(made, cells).values()
+    assert [table.encoded for table in made.tables.values()] == [0]
+    assert encoding > nothing, "of as many labels; the first encodes 1,000 digits"
+    label_recipes.run_cell(made, cells[0])
+    encoding, nothing = planned_seconds(made, cells).values()
+    assert encoding == nothing
 
 
 def test_a_plan_counts_every_trial_in_every_fold_the_test_images_and_the_copies(bench, runs, monkeypatch):
@@ -945,7 +960,7 @@ def test_a_plan_waits_for_one_copy_of_an_image_and_counts_all(bench, runs, monke
     for name in ("classifier", "finetune"):
         protocol = protocol_of(made, Arm("CPC", name, str(runs[0])), chosen)
         assert cpc.label_costs.seconds_of_copies(protocol) == 2  # a tick for one
-        cpc.label_costs.timings(cpc.label_costs.with_one_copy(protocol), chosen)
+        cpc.label_costs.timings(cpc.label_costs.with_little_to_encode(protocol, None), chosen)
     assert encoded == [1, 1, 1, 1]
 
 

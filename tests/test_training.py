@@ -79,6 +79,20 @@ def test_a_step_by_hand():
     torch.testing.assert_close(method.encoder.weight, 0.05 * 2 * view.mean(0, keepdim=True))
 
 
+def test_as_many_steps_are_taken_as_asked_for_whatever_batches_there_are():
+    accelerator, method = Accelerator(cpu=True), Line()
+    prepared = accelerator.prepare(method, torch.optim.SGD(method.parameters(), lr=0.1))
+
+    def taken(batches, steps):
+        loaded = training_batches(dataset(), batch_size=4, seed=0, start=0, steps=batches)
+        options = {"seed": 0, "start": 0, "steps": steps, "schedule": constant}
+        return [result.step for result in train_steps(*prepared, accelerator, loaded, colours, **options)]
+
+    assert taken(6, 4) == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="batches ended before step 3 of 4: pass one for each"):
+        taken(2, 4)
+
+
 def test_a_few_steps_lower_the_loss():
     losses = [float(result.metrics["loss"]) for result in run(Line(), steps=20)]
     assert losses[-1] < 0.5 * losses[0]
