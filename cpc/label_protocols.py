@@ -43,6 +43,9 @@ from cpc.label_networks import (
     train_,
 )
 
+SECOND_PHASE_RATE = 0.1
+"""Of the first phase's learning rate, for the classifier: as configs/protocol/cpc_v2.yaml [ours]."""
+
 Setting = Mapping[str, float]
 Probe = Callable[[Tensor, Tensor, Tensor, Setting], Tensor]
 """(features of the labelled rows, their labels, features of the rows asked for, setting) -> their classes."""
@@ -361,7 +364,7 @@ class FinetuneProtocol:
         training: of the second.
         settings: "lr" and "weight_decay" of the classifier, "encoder_lr" of the encoder.
 
-    Of the second phase the classifier's learning rate is a tenth of the first's.
+    Of the second phase the classifier's learning rate is `SECOND_PHASE_RATE` of the first's.
     """
 
     first: LatentProtocol
@@ -379,7 +382,7 @@ class FinetuneProtocol:
             classifier = self.first.first_phase(fit, setting, share, seed)
             encoder = self.first.encoder.thawed()
             both = Together([
-                momentum_sgd(classifier, setting["lr"] / 10, setting["weight_decay"]),
+                momentum_sgd(classifier, SECOND_PHASE_RATE * setting["lr"], setting["weight_decay"]),
                 Adam(encoder.parameters(), lr=setting["encoder_lr"]),
             ])  # fmt: skip
             network = training.to_device(nn.Sequential(encoder, classifier))
