@@ -91,12 +91,12 @@ def take_over_(cfg: DictConfig, run: str) -> None:
     cfg.mean, cfg.std = list(fed["mean"]), list(fed["std"])
     if cfg.data is None:
         cfg.data = {**run_data(run), "size": "${load_size}"}
-    for name, value in run_augmentation(run).items():
+    for name, value in run_crop_and_flip(run).items():
         if cfg.augmentation.get(name) is None:
             cfg.augmentation[name] = value
 
 
-def run_augmentation(run: str) -> dict[str, Any]:
+def run_crop_and_flip(run: str) -> dict[str, Any]:
     """A run's own range of crops and probability of flips, each None where it does not say.
 
     A run that flipped nothing has a probability of 0: its images may have a handedness.

@@ -37,7 +37,7 @@ MEASURES = {"accuracy": "test accuracy", "class_accuracy": "mean test accuracy o
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """By one measure of accuracy, "accuracy" or "class_accuracy": the curves from scratch, and all savings."""
 
     by: str
@@ -45,10 +45,10 @@ class Compared:
     savings: list[LabelSaving]
 
     @staticmethod
-    def of(curves: Curves, truth: Tensor, by: str, other_networks: Sequence[str]) -> Compared:
+    def of(curves: Curves, truth: Tensor, by: str, other_networks: Sequence[str]) -> Comparison:
         """What pre-training comes to by this measure."""
         savings = savings_of(curves, truth, per_class=by == "class_accuracy", other_networks=other_networks)
-        return Compared(by, scratch_curves(curves, by), savings)
+        return Comparison(by, scratch_curves(curves, by), savings)
 
 
 def accuracy_rows(curves: Curves) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def write_csv(path: Path, results: Sequence[CellResult]) -> None:
 # ---- the picture ----
 
 
-def draw(path: Path, curves: Curves, compared: Compared) -> None:
+def draw(path: Path, curves: Curves, compared: Comparison) -> None:
     """Accuracy against labels: the best protocol of every method, the best from scratch, and what is saved."""
     by, drawn = compared.by, []
     best = compared.scratch.get(BEST)
@@ -179,7 +179,7 @@ def write_report(out: Path, results: Sequence[CellResult], truth: Tensor, about:
     """
     curves = curves_of(results)
     uneven = len(torch.bincount(truth).unique()) > 1
-    compared = [Compared.of(curves, truth, by, about["other_networks"]) for by in list(MEASURES)[: 1 + uneven]]
+    compared = [Comparison.of(curves, truth, by, about["other_networks"]) for by in list(MEASURES)[: 1 + uneven]]
     splits = {f"{result.amount}, seed {result.seed}": result.split for result in results}
     about = {
         **about,
@@ -228,7 +228,7 @@ def whole_files(out: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def _report(
-    about: Mapping[str, Any], curves: Curves, compared: Sequence[Compared], splits: Mapping[str, str], cells: int
+    about: Mapping[str, Any], curves: Curves, compared: Sequence[Comparison], splits: Mapping[str, str], cells: int
 ) -> str:
     lines = [
         "# How many labels pre-training saves",

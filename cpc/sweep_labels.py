@@ -33,7 +33,7 @@ from contrastive_core.reading import read_json
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete, build, check_complete, command, start_accelerator, wants_traceback
 from cpc.evaluate import labelled
-from cpc.finetune import run_augmentation
+from cpc.finetune import run_crop_and_flip
 from cpc.foreign import run_config, run_data
 from cpc.frozen_encoder import MODES
 from cpc.label_bench import Arm, Bench, Cell, Plan, choices_of, run_fingerprint, usable
@@ -103,6 +103,15 @@ class SweepSchema:
 
 def check_asked(cfg: DictConfig) -> None:
     """Raise ValueError that names the first key whose value cannot be meant, before anything is read."""
+    _check_arms(cfg)
+    _check_numbers(cfg)
+    _check_choices(cfg)
+    asked = [RECIPES[name] for name in (*cfg.protocols, *cfg.random, *cfg.scratch)]
+    for name, keys in {recipe.settings: recipe.in_a_setting for recipe in asked if recipe.settings}.items():
+        _check_settings(name, keys, cfg.settings.get(name))
+
+
+def _check_arms(cfg: DictConfig) -> None:
     for name, hint in {"runs": "[DIR,...], folders of finished runs", "out": "DIR, where the results go"}.items():
         if OmegaConf.is_missing(cfg, name) or not cfg[name]:
             raise ValueError(f"not given: {name}; pass {name}={hint}")
@@ -114,17 +123,13 @@ def check_asked(cfg: DictConfig) -> None:
         raise ValueError("no arm asked for: pass protocols=, random= or scratch=, or leave them as they are")
     if not amounts_of(cfg):
         raise ValueError("no labels asked for: pass fractions=[0.01,0.1], labels=[20,40] or labels_per_class=[1,2]")
-    for name, least in {
-        "seeds": 1,
-        "seeds_above": 1,
-        "batch_size": 1,
-        "encodings": 1,
-        "shards": 1,
-        "workers": 0,
-        "head_layer": 0,
-    }.items():
-        if cfg[name] < least:
-            raise ValueError(f"{name}={cfg[name]}: pass at least {least}")
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    least = dict.fromkeys(("seeds", "seeds_above", "batch_size", "encodings", "shards"), 1)
+    for name, number in (least | {"workers": 0, "head_layer": 0}).items():
+        if cfg[name] < number:
+            raise ValueError(f"{name}={cfg[name]}: pass at least {number}")
     for name in ("few", "bad_images"):
         if not 0 <= cfg[name] <= 1:
             raise ValueError(f"{name}={cfg[name]}: pass a share from 0 to 1")
@@ -132,20 +137,20 @@ def check_asked(cfg: DictConfig) -> None:
         raise ValueError(f"classifier.dropout={cfg.classifier.dropout}: pass a share from 0 to below 1")
     if not 0 <= cfg.shard < cfg.shards:
         raise ValueError(f"shard={cfg.shard} of shards={cfg.shards}: pass 0 to {cfg.shards - 1}")
+    for name, length in cfg.steps.items():
+        if not (1 <= length.least <= length.most and length.passes >= 0):
+            raise ValueError(f"steps.{name}={dict(length)}: pass 1 <= least <= most, and passes of at least 0")
+    if cfg.scratch_times < 1:
+        raise ValueError(f"scratch_times={cfg.scratch_times}: pass at least 1, as many steps as both phases together")
+
+
+def _check_choices(cfg: DictConfig) -> None:
     if cfg.mode is not None and cfg.mode not in MODES:
         raise ValueError(f"mode={cfg.mode}: pass one of {', '.join(MODES)}, or null")
     if cfg.readout not in ("grid", "context"):
         raise ValueError(f"readout={cfg.readout}: pass grid, or context for CPC's latents with their contexts")
     if cfg.precision == "fp16":
         raise ValueError("precision=fp16: pass precision=bf16 or precision=no")
-    for name, length in cfg.steps.items():
-        if not (1 <= length.least <= length.most and length.passes >= 0):
-            raise ValueError(f"steps.{name}={dict(length)}: pass 1 <= least <= most, and passes of at least 0")
-    if cfg.scratch_times < 1:
-        raise ValueError(f"scratch_times={cfg.scratch_times}: pass at least 1, as many steps as both phases together")
-    asked = [RECIPES[name] for name in (*cfg.protocols, *cfg.random, *cfg.scratch)]
-    for name, keys in {recipe.settings: recipe.in_a_setting for recipe in asked if recipe.settings}.items():
-        _check_settings(name, keys, cfg.settings.get(name))
 
 
 def _check_settings(name: str, keys: Sequence[str], settings: Any) -> None:
@@ -258,7 +263,7 @@ def take_over_(cfg: DictConfig) -> None:
     cfg.load_size = cfg.load_size or max(fed.get("load_size") or fed["image_size"] for fed in inputs)
     if cfg.data is None:
         cfg.data = {**run_data(first), "size": "${load_size}"}
-    flips = [flip for run in cfg.runs if (flip := run_augmentation(run)["flip"]) is not None]
+    flips = [flip for run in cfg.runs if (flip := run_crop_and_flip(run)["flip"]) is not None]
     if cfg.augmentation.flip is None and flips:
         cfg.augmentation.flip = min(flips)
     cfg.cnn = sized_cnn(plain(cfg.cnn), max(fed["image_size"] for fed in inputs))

@@ -211,7 +211,7 @@ def test_knn_says_what_does_not_fit(change: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("classifier", [linear_probe, logistic_probe, svm_probe, ridge_probe])
-def test_separable_classes_are_told_apart(classifier: linear.Classifier) -> None:
+def test_separable_classes_are_told_apart(classifier: linear.ProbeFunction) -> None:
     train, test = blobs(20), blobs(30, seed=1)
     probe = classifier(*train, *test)
     assert probe.accuracy == 1.0
@@ -221,7 +221,7 @@ def test_separable_classes_are_told_apart(classifier: linear.Classifier) -> None
 
 
 @pytest.mark.parametrize("classifier", [linear_probe, logistic_probe, svm_probe, ridge_probe])
-def test_the_test_labels_have_no_influence(classifier: linear.Classifier) -> None:
+def test_the_test_labels_have_no_influence(classifier: linear.ProbeFunction) -> None:
     train, (test, labels) = blobs(10, spread=0.6), blobs(30, spread=0.6, seed=1)
     one, other = classifier(*train, test, labels), classifier(*train, test, labels.flip(0))
     assert torch.equal(one.predictions, other.predictions)
@@ -230,7 +230,7 @@ def test_the_test_labels_have_no_influence(classifier: linear.Classifier) -> Non
 
 
 @pytest.mark.parametrize("classifier", [linear_probe, svm_probe, ridge_probe])
-def test_the_settings_are_chosen_without_a_look_at_the_test_rows(classifier: linear.Classifier) -> None:
+def test_the_settings_are_chosen_without_a_look_at_the_test_rows(classifier: linear.ProbeFunction) -> None:
     train, test = blobs(10, spread=0.6), blobs(30, spread=0.6, seed=1)
     first = classifier(*train, *test)
     alone = [classifier(*train, test[0][i : i + 1], test[1][i : i + 1]) for i in range(5)]
@@ -410,7 +410,7 @@ def test_the_only_row_of_a_class_is_in_every_fit_and_keeps_no_other_class_from_c
         ({"train_x": torch.full((6, 6), math.inf)}, "NaN or infinity"),
     ],
 )
-def test_probes_say_what_does_not_fit(classifier: linear.Classifier, change: dict, message: str) -> None:
+def test_probes_say_what_does_not_fit(classifier: linear.ProbeFunction, change: dict, message: str) -> None:
     features, labels = blobs(2)
     rows = {"train_x": features, "train_y": labels, "test_x": features, "test_y": labels, **change}
     with pytest.raises(ValueError, match=message):

@@ -42,7 +42,7 @@ class Probe(NamedTuple):
     predictions: Tensor
 
 
-Classifier = Callable[[Tensor, Tensor, Tensor, Tensor], Probe]
+ProbeFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Probe]
 """(train_x `n d`, train_y `n`, test_x `m d`, test_y `m`) -> Probe."""
 
 
@@ -291,7 +291,7 @@ def few_label_accuracy(
     per_class: int,
     draws: int = 5,
     ids: Tensor | None = None,
-    classifier: Classifier = linear_probe,
+    classifier: ProbeFunction = linear_probe,
 ) -> list[float]:
     """Accuracy on all test rows of a classifier given `per_class` labels of each class, one for each draw.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contrastive_core.evaluate.features import pool_grid
 from contrastive_core.evaluate.knn import knn_accuracy
-from contrastive_core.evaluate.linear import Classifier, few_label_accuracy, linear_probe
+from contrastive_core.evaluate.linear import ProbeFunction, few_label_accuracy, linear_probe
 
 
 class LabelledFeatures(NamedTuple):
@@ -30,7 +30,7 @@ def few_label_row(
     features: LabelledFeatures,
     per_class: int,
     draws: int,
-    classifier: Classifier = linear_probe,
+    classifier: ProbeFunction = linear_probe,
     *,
     ids: Tensor | None = None,
 ) -> dict[str, Any]:
