@@ -50,6 +50,9 @@ from cpc.seen_images import seen_among, seen_notes
 LEAST = {"lr": 0, "weight_decay": 0, "encoder_lr": 0, "neighbours": 1, "cells": 1}
 """The least that a setting may say."""
 
+FROZEN = ("linear", "knn", "classifier")
+"""Protocols on features of a frozen encoder."""
+
 LEARNED_FROM_LABELS = ("Classifier", "Distill")
 
 REPORT_EVERY = 120
@@ -401,8 +404,22 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
         methods = dict.fromkeys(result.method for result in results if result.method not in (SCRATCH, "random"))
         groups = {method: about["runs"].get(method, []) for method in methods}
         about["other_networks"] = other_networks(groups, folder.trained_from_scratch())
-        about["notes"] = notes(about, folder) + lengths_from_scratch(bench.plan, results)
+        about["notes"] = notes(about, folder) + lengths_from_scratch(bench.plan, results) + encoded_once(bench, cells)
         write_report(out, results, bench.test.labels, about)
+
+
+def encoded_once(bench: Bench, cells: Sequence[Cell]) -> list[str]:
+    """How many images a command's frozen protocols encode, in place of all images of every cell again."""
+    read = [cell for cell in cells if cell.arm.protocol in FROZEN and cell.arm.method != SCRATCH]
+    if not read:
+        return []
+    again = sum(len(bench.choices[cell.amount, cell.seed].indices) + len(bench.test) for cell in read)
+    encoders = {(cell.arm.run, cell.arm.method == "random") for cell in read}
+    once = len(encoders) * (len(bench.used) + len(bench.test))
+    return [
+        f"features of {once:,} images are encoded once for {len(read)} cells on frozen encoders, in place of {again:,} "
+        f"for every cell again: {again / once:.1f} times as many"
+    ]
 
 
 def lengths_from_scratch(plan: Plan, results: Sequence[CellResult]) -> list[str]:

@@ -186,6 +186,16 @@ def test_a_second_time_nothing_is_done_again(swept, runs, capsys):
 # ---- going on ----
 
 
+def test_the_report_says_what_encoding_once_saves(configured, tmp_path):
+    """Two encoders; 5 choices of 20 and of 100 labels, 100 test images, and as many images in use as they hold."""
+    sweep(configured("labels=[20,100]", "protocols=[linear]", "random=[linear]", "scratch=[svm]", "seeds_above=5"))
+    (said,) = (line for line in (tmp_path / "out/report.md").read_text().splitlines() if "encoded once" in line)
+    once, cells, again = (int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", said)[:3])
+    assert (cells, again) == (20, 2 * 5 * (20 + 100 + 100 + 100))
+    assert 2 * (100 + 100) < once < 2 * (500 + 100)
+    assert said.endswith(f"{again / once:.1f} times as many")
+
+
 def test_another_command_s_runs_stay_known(configured, runs, tmp_path):
     few = ["labels=[20]", "seeds=1", "random=[]", "protocols=[knn]", "scratch=[logistic]"]
     for use in (slice(0, 2), slice(2, 3)):
