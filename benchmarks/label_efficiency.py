@@ -213,6 +213,7 @@ def record(name: str, command: str, sweep: Path, seconds: dict[str, float], goes
         runs[method] = list(dict.fromkeys([*names, *runs.get(method, [])]))
     results |= {"runs": runs, "seconds": before.get("seconds", {}) | seconds}
     results |= {part: summary[part] for part in kept if part in summary} | {"splits": summary["splits"]}
+    results |= {"notes": before["notes"]} if "notes" in before else {}  # the same of images, and knows all runs
     write(name, command, results, folder=RESULTS)
     for suffix in ("csv", "png"):
         shutil.copyfile(sweep / f"label_efficiency.{suffix}", RESULTS / f"{name}.{suffix}")

@@ -157,7 +157,7 @@ def train_steps(
     grad_cache: bool = False,
     watched: Callable[[int], bool] = lambda step: True,
 ) -> Iterator[StepResult]:
-    """Take optimizer steps `start` .. `steps` - 1 and yield after each; batches beyond them are left alone.
+    """Take optimizer steps `start` .. `steps` - 1 and yield after each; of batches beyond them one may be read.
 
     Args:
         method, optimizer: as `accelerator.prepare` gave them back.

@@ -42,10 +42,20 @@ from contrastive_core.optim import square_root_scaling
 from contrastive_core.plots import format_table, save_figure
 from contrastive_core.run_log import read_metrics
 from cpc.encoder_card import read_card
-from cpc.entry import Incomplete, build, check_complete, command, config_search, start_accelerator, wants_traceback
+from cpc.entry import (
+    Incomplete,
+    bracketed,
+    build,
+    check_complete,
+    command,
+    config_search,
+    list_keys,
+    start_accelerator,
+    wants_traceback,
+)
 from cpc.evaluate import extract, labelled
 from cpc.features import load_encoder, load_head
-from cpc.pretrain import pretrain
+from cpc.pretrain import PretrainSchema, pretrain
 from cpc.run import check_numbers, plain
 from cpc.run_folder import check_folder
 
@@ -468,7 +478,7 @@ def arguments(given: Sequence[str]) -> list[str]:
         elif group in OWN_KEYS:
             own.append(argument)
         else:
-            for_cells.append(argument)
+            for_cells.append(bracketed(argument, list_keys(PretrainSchema)))
     joined = [f"overrides=[{','.join(map(_quoted, for_cells))}]"] if for_cells else []
     return [*options, *own, *joined]
 

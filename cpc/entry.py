@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from contrastive_core.data import TooManyBadImages, UndecodableImage
 from contrastive_core.optim import linear_scaling, square_root_scaling
-from cpc.command_help import help_text
+from cpc.command_help import groups_of, help_text, own_lines
 from cpc.configs import config_folder
 from cpc.fast_precision import fast_precision
 from cpc.freed_memory import keep_freed_memory
@@ -104,8 +104,9 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
     ConfigStore.instance().store(f"{config_name.split('_')[0]}_schema", schema)
 
     composed, level = False, "normal"
-    keys = list(get_type_hints(schema))
-    lists = [name for name, kind in get_type_hints(schema).items() if get_origin(kind) is list]
+    groups = groups_of(Path(config_folder()), own_lines(Path(config_folder()), config_name))
+    keys = [*get_type_hints(schema), *groups]
+    lists = list_keys(schema)
 
     def run(cfg: DictConfig) -> None:
         nonlocal composed
@@ -178,6 +179,11 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
     return overrides + [each for each in arguments if each not in overrides]
 
 
+def list_keys(schema: type) -> list[str]:
+    """The keys of a schema whose values are lists."""
+    return [name for name, kind in get_type_hints(schema).items() if get_origin(kind) is list]
+
+
 def bracketed(argument: str, lists: Collection[str]) -> str:
     """A command-line argument whose list has its brackets, which a shell may read itself.
 
@@ -185,8 +191,10 @@ def bracketed(argument: str, lists: Collection[str]) -> str:
     "labels=[]", with --multirun too: a job for each of two label counts, where each wants a list, cannot be meant.
     """
     key, equals, value = argument.partition("=")
-    written = re.match(r"\[|\$|null$|\w+\(", value)  # a list, an interpolation, nothing, a sweep over several lists
-    return f"{key}=[{value}]" if equals and key in lists and not written else argument
+    written = re.match(
+        r"\s*['\"]?(\[|\$|null$|\w+\()", value
+    )  # a list, an interpolation, nothing, a sweep over several lists
+    return f"{key}=[{value.rstrip(',')}]" if equals and key in lists and not written else argument
 
 
 def _leave_group() -> None:
@@ -276,7 +284,10 @@ def told(error: BaseException, keys: Collection[str] = ()) -> int:
     text = " ".join(text.split())
     if isinstance(error, HydraException):
         text = _in_one_line(text, error.__cause__, keys)
-    for said, meaning in _HYDRA_SAYS.items():
+    of_hydra = isinstance(error, HydraException | OmegaConfBaseException) or text.startswith(
+        "Cannot instantiate config"
+    )
+    for said, meaning in _HYDRA_SAYS.items() if of_hydra else ():
         if found := re.fullmatch(said, text):
             text = found.expand(meaning)
     print(f"error: {text or type(error).__name__}", file=sys.stderr)
@@ -285,7 +296,7 @@ def told(error: BaseException, keys: Collection[str] = ()) -> int:
 
 _HYDRA_SAYS = {
     r"Error parsing override '(.*?)' missing EQUAL .*": r"'\1' has no value: pass \1=VALUE",
-    r"Config group override must be a string or a list\..*": "a value without a key: pass KEY=VALUE",
+    r"Config group override must be a string or a list\..*": "a group is chosen by a name: pass KEY=NAME",
     r"Interpolation key '(.*?)' not found full_key: (\S+) .*": r"\2 is taken from \1, which is not there: pass it",
     r"Key '(\w+)' not in '\w+' .*": r"~\1: this key cannot be left out, pass \1=VALUE",
     r"Cannot instantiate config of type (\w+)\..*": r"a \1 where something is to be built: pass its keys",

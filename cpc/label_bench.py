@@ -243,7 +243,7 @@ class Bench:
 
     @property
     def making(self) -> dict[str, Any]:
-        """How networks are trained: all that are compared alike, or the one from scratch might be trained less."""
+        """How networks are trained, the same for all in a folder: else those from scratch might be trained less."""
         steps = {phase: json.dumps(length) for phase, length in self.plan.lengths.items()}
         return {"steps": steps, "batch_size": self.plan.batch_size, "views": self.plan.described["views"]}
 

@@ -73,13 +73,13 @@ class CellFolder:
             (len(choice.indices), seed): (str(amount), choice.digest)
             for (amount, seed), choice in bench.choices.items()
         }
-        trained = {f"{arm.method} {arm.protocol}": what for arm, what in asked.items() if "steps" in what}
+        tried = {(arm.method, arm.protocol): len(what["settings"]) for arm, what in asked.items() if "steps" in what}
         for written in self._files():
             result = read_json(written, largest=LARGEST_CELL)
             differing = differing_keys(shared, result["shared"])
             name = result["method"], result["repeat"], result["protocol"]
             there = result["asked"]
-            trained |= {f"{name[0]} {name[2]}": there} if "steps" in there else {}
+            tried |= {(name[0], name[2]): len(there["settings"])} if "steps" in there else {}
             if name in arms:
                 differing += differing_keys(arms[name], there)
             else:
@@ -94,7 +94,7 @@ class CellFolder:
                 raise ValueError(f"{written} was made with another {of}: pass another out, or remove it")
             if name in arms and amount != result["amount"]:
                 raise ValueError(f"{written} has the labels of {amount}: pass {result['amount']}, or another out")
-        _check_trials(trained)
+        check_trials(tried)
 
     def trained_from_scratch(self) -> Any:
         """The architecture and input of what "image" and "patches" have trained; None where there is neither."""
@@ -110,16 +110,21 @@ class CellFolder:
         return (self.path / cell.file).with_suffix(".failed")
 
 
-def _check_trials(trained: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError where a network from scratch has fewer settings to choose from than a pre-trained one."""
-    tried = {arm: len(what["settings"]) for arm, what in trained.items()}
-    of_scratch = {arm: arm.startswith(f"{SCRATCH} ") for arm in tried}
-    fewest = min((arm for arm in tried if of_scratch[arm]), key=lambda arm: tried[arm], default=None)
-    most = max((arm for arm in tried if not of_scratch[arm]), key=lambda arm: tried[arm], default=None)
-    if fewest and most and tried[fewest] < tried[most]:
+def check_trials(tried: Mapping[tuple[str, str], int]) -> None:
+    """Raise ValueError where a network from scratch has fewer settings to choose from than a pre-trained one.
+
+    Args: `tried`: by method and protocol, of those that are trained, how many settings each has.
+    """
+    scratch = {arm: count for arm, count in tried.items() if arm[0] == SCRATCH}
+    others = {arm: count for arm, count in tried.items() if arm[0] not in (SCRATCH, "random")}
+    fewest, most = (
+        min(scratch, key=scratch.__getitem__, default=None),
+        max(others, key=others.__getitem__, default=None),
+    )
+    if fewest and most and scratch[fewest] < others[most]:
         raise ValueError(
-            f"{fewest} has {tried[fewest]} of settings.scratch to choose from, {most} has {tried[most]}: pass as many, "
-            "and another out where cells are there already"
+            f"{' '.join(fewest)} has {scratch[fewest]} of settings.scratch to choose from, {' '.join(most)} has "
+            f"{others[most]}: pass as many, and another out where cells are there already"
         )
 
 

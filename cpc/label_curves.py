@@ -156,6 +156,23 @@ class ScratchPoint(NamedTuple):
         """The best one's results."""
         return self.measured[self.protocol]
 
+    def connected(self, labels: int, seeds: Collection[int]) -> list[ArmCurve]:
+        """The best one's results, and those of the others that share some of these choices of labels with it.
+
+        Of the others nothing tells how much worse they are, so that what they have says nothing of what it lacks.
+        """
+        shared = set(self.curve.seeds(labels)) & set(seeds)
+        others = [curve for name, curve in self.measured.items() if name != self.protocol]
+        return [self.curve, *(curve for curve in others if shared & set(curve.seeds(labels)))]
+
+    def accuracies(self, labels: int, by: str = "accuracy") -> list[float]:
+        """Of every choice of labels, those that the best one lacks filled in as savings have them."""
+        curves = self.connected(labels, self.curve.seeds(labels))
+        seeds = sorted({seed for curve in curves for seed in curve.seeds(labels)})
+        known = [[scores.get(seed, math.nan) for seed in seeds] for scores in (c.by_seed(labels, by) for c in curves)]
+        filled: list[float] = filled_in(torch.tensor(known, dtype=torch.float64)[..., None])[0, :, 0].tolist()
+        return filled
+
 
 @dataclass(frozen=True)
 class ScratchCurve:
@@ -338,15 +355,14 @@ def _interval(
 def _from_scratch(point: ScratchPoint, labels: int, seeds: Sequence[int], truth: Tensor) -> Tensor:
     """The best one's `draws images` for these choices of labels, NaN for those on which nothing was measured.
 
-    A choice that it lacks is as hard for it as for the other protocols from scratch: the easy ones may be what it has.
+    A choice that it lacks is as hard for it as for the other protocols from scratch that share some with it: the easy
+    ones may be what it has.
     Without one of its own the mean of the others stands for all.
     """
     there = point.curve.seeds(labels)
     if set(there).isdisjoint(seeds):
         return point.curve.right(labels, there, truth)[0].mean(0).expand(len(seeds), -1)
-    others = [curve for name, curve in point.measured.items() if name != point.protocol]
-    overlapping = [curve for curve in others if not set(curve.seeds(labels)).isdisjoint(seeds)]
-    right = torch.cat([curve.right(labels, seeds, truth) for curve in (point.curve, *overlapping)])
+    right = torch.cat([curve.right(labels, seeds, truth) for curve in point.connected(labels, seeds)])
     known = ~right.isnan().all(2).all(0)
     right[:, known] = filled_in(right[:, known])
     return right[0]

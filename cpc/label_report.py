@@ -106,7 +106,7 @@ def draw(path: Path, curves: Curves, compared: Comparison) -> None:
     by, drawn = compared.by, []
     best = compared.scratch.get(BEST)
     if best:
-        points = {labels: point.curve.accuracies(labels, by) for labels, point in best.points.items()}
+        points = {labels: point.accuracies(labels, by) for labels, point in best.points.items()}
         drawn.append(Curve(BEST, points, baseline=True))
     arrows = []
     for method in dict.fromkeys(method for method, _ in curves if method != SCRATCH):
@@ -275,7 +275,7 @@ def _what_intervals_leave_out(curves: Curves) -> list[str]:
     """Runs and choices of labels that there are few of, or that are missing."""
     said = [
         "- intervals of few choices of labels, or runs, are too narrow: what is called 95 % holds in about 84 % of"
-        " cases with five choices, 75 % with three; fewer than five are never said to save anything"
+        " cases with five choices, 75 % with three; two to four are never said to save anything"
     ]
     arms = {name: curve for name, curve in curves.items() if name[0] not in (SCRATCH, "random")}
     for (method, protocol), curve in arms.items():

@@ -33,7 +33,9 @@ def _same(test: ImageDataset, index: int, others: ImageDataset, place: int) -> b
 
 
 Seen = Mapping[str, int | str]
-"""By what was trained on how many test images are among it, or why that is not known."""
+"""By run, and by `LABELLED`, how many test images are among what it was trained on, or why that is not known."""
+LABELLED = ""
+"""Of the training images themselves."""
 
 
 def seen_among(
@@ -57,12 +59,11 @@ def seen_among(
         return counted[written]
 
     seen: dict[str, int | str] = {}
-    sources = {"the training images": None, **{f"those that {run} was pre-trained on": run for run in runs}}
-    for what, run in sources.items():
+    for run in (LABELLED, *runs):
         try:
-            seen[what] = count(training if run is None else {**run_data(run), "size": test.size})
+            seen[run] = count({**run_data(run), "size": test.size} if run else training)
         except (OSError, ValueError) as error:
-            seen[what] = " ".join(str(error).split())
+            seen[run] = " ".join(str(error).split())
     return seen
 
 
@@ -71,12 +72,17 @@ def seen_notes(seen: Seen, images: int) -> list[str]:
 
     Args: `seen`: as `seen_among`, of everything that has results; `images`: how many test images there are.
 
-    Example: `seen_notes({"the training images": 2}, 100)` is ["2 of 100 test images are among the training images"].
+    Example: `seen_notes({LABELLED: 2}, 100)` is ["2 of 100 test images are among the training images"].
     """
+    named = {run: f"those that {run} was pre-trained on" if run else "the training images" for run in seen}
     if all(count == 0 for count in seen.values()):
         return ["no test image was found among those that were trained on, by its bytes or the end of its path"]
-    unknown = {what: why for what, why in seen.items() if isinstance(why, str)}
+    unknown = {run: why for run, why in seen.items() if isinstance(why, str)}
     return [
-        *(f"whether test images are among {what} is not known: {why}" for what, why in unknown.items()),
-        *(f"{count} of {images} test images are among {what}" for what, count in seen.items() if what not in unknown),
+        *(f"whether test images are among {named[run]} is not known: {why}" for run, why in unknown.items()),
+        *(
+            f"{count} of {images} test images are among {named[run]}"
+            for run, count in seen.items()
+            if run not in unknown
+        ),
     ]

@@ -37,7 +37,7 @@ from cpc.finetune import run_crop_and_flip
 from cpc.foreign import run_config, run_data
 from cpc.frozen_encoder import MODES
 from cpc.label_bench import Arm, Bench, Cell, Plan, choices_of, run_fingerprint, usable
-from cpc.label_cells import CellFolder
+from cpc.label_cells import CellFolder, check_trials
 from cpc.label_costs import duration, planned_seconds
 from cpc.label_curves import SCRATCH, CellResult
 from cpc.label_protocols import Both, Length
@@ -45,7 +45,7 @@ from cpc.label_recipes import RECIPES, networks_from_scratch, protocols_of, run_
 from cpc.label_report import write_failures, write_report
 from cpc.run import plain
 from cpc.run_folder import MAY_CHANGE, check_no_file, differing_keys
-from cpc.seen_images import seen_among, seen_notes
+from cpc.seen_images import LABELLED, seen_among, seen_notes
 
 LEAST = {"lr": 0, "weight_decay": 0, "encoder_lr": 0, "neighbours": 1, "cells": 1}
 """The least that a setting may say."""
@@ -112,6 +112,10 @@ def check_asked(cfg: DictConfig) -> None:
     asked = [RECIPES[name] for name in (*cfg.protocols, *cfg.random, *cfg.scratch)]
     for name, keys in {recipe.settings: recipe.in_a_setting for recipe in asked if recipe.settings}.items():
         _check_settings(name, keys, cfg.settings.get(name))
+    named = [(SCRATCH, name) for name in cfg.scratch] + [("pre-trained", name) for name in cfg.protocols]
+    check_trials(
+        {(arm, name): len(cfg.settings[RECIPES[name].settings]) for arm, name in named if RECIPES[name].phases}
+    )
 
 
 def _check_arms(cfg: DictConfig) -> None:
@@ -136,14 +140,15 @@ def _check_numbers(cfg: DictConfig) -> None:
     for name in ("few", "bad_images"):
         if not 0 <= cfg[name] <= 1:
             raise ValueError(f"{name}={cfg[name]}: pass a share from 0 to 1")
-    if not 0 <= cfg.classifier.dropout < 1:
-        raise ValueError(f"classifier.dropout={cfg.classifier.dropout}: pass a share from 0 to below 1")
+    dropout = cfg.classifier.get("dropout")
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise ValueError(f"classifier.dropout={dropout}: pass a share from 0 to below 1")
     if not 0 <= cfg.shard < cfg.shards:
         raise ValueError(f"shard={cfg.shard} of shards={cfg.shards}: pass 0 to {cfg.shards - 1}")
     for name, length in cfg.steps.items():
         if not (1 <= length.least <= length.most and length.passes >= 0):
             raise ValueError(f"steps.{name}={dict(length)}: pass 1 <= least <= most, and passes of at least 0")
-    if cfg.scratch_times < 1:
+    if not cfg.scratch_times >= 1:
         raise ValueError(f"scratch_times={cfg.scratch_times}: pass at least 1, as many steps as both phases together")
 
 
@@ -164,7 +169,7 @@ def _check_settings(name: str, keys: Sequence[str], settings: Any) -> None:
         if not (OmegaConf.is_dict(setting) and setting.keys() == set(keys)):  # a shell may have eaten braces and commas
             raise ValueError(f"settings.{name} has {setting!r}: pass {shown} in quotes, one setting or more")
         for key, value in setting.items():
-            if not isinstance(value, int | float) or value < LEAST[key]:
+            if not (isinstance(value, int | float) and value >= LEAST[key]):
                 raise ValueError(f"settings.{name} has {key}={value}: pass a number of at least {LEAST[key]}")
 
 
@@ -404,12 +409,13 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
         methods = dict.fromkeys(result.method for result in results if result.method not in (SCRATCH, "random"))
         groups = {method: about["runs"].get(method, []) for method in methods}
         about["other_networks"] = other_networks(groups, folder.trained_from_scratch())
+        about["seen"] = _of_runs_that_are_there(about["seen"], groups)
         about["notes"] = notes(about, folder) + lengths_from_scratch(bench.plan, results) + encoded_once(bench, cells)
         write_report(out, results, bench.test.labels, about)
 
 
 def encoded_once(bench: Bench, cells: Sequence[Cell]) -> list[str]:
-    """How many images a command's frozen protocols encode, in place of all images of every cell again."""
+    """How many images a command's frozen protocols encode, but for augmented ones, in place of all for every cell."""
     read = [cell for cell in cells if cell.arm.protocol in FROZEN and cell.arm.method != SCRATCH]
     if not read:
         return []
@@ -417,8 +423,8 @@ def encoded_once(bench: Bench, cells: Sequence[Cell]) -> list[str]:
     encoders = {(cell.arm.run, cell.arm.method == "random") for cell in read}
     once = len(encoders) * (len(bench.used) + len(bench.test))
     return [
-        f"features of {once:,} images are encoded once for {len(read)} cells on frozen encoders, in place of {again:,} "
-        f"for every cell again: {again / once:.1f} times as many"
+        f"features of {once:,} images are encoded once a process for {len(read)} cells on frozen encoders, in place of "
+        f"{again:,} for every cell again: {again / once:.1f} times as many"
     ]
 
 
@@ -470,6 +476,13 @@ def _with_what_other_commands_knew(summary: Path, about: dict[str, Any]) -> dict
         return {}
 
 
+def _of_runs_that_are_there(seen: Mapping[str, int | str], groups: Mapping[str, Sequence[str]]) -> dict[str, int | str]:
+    """What is known of test images in what methods with results were pre-trained on; of each something is said."""
+    runs = {run: seen.get(run, "no command has looked") for of_method in groups.values() for run in of_method}
+    lost = {method: "the summary of the command that made its cells is gone" for method in groups if not groups[method]}
+    return {LABELLED: seen[LABELLED]} | runs | lost
+
+
 def notes(about: Mapping[str, Any], folder: CellFolder) -> list[str]:
     """What a reader of the report has to know about where its numbers come from."""
     said = seen_notes(about["seen"], about["test_images"])
@@ -478,7 +491,7 @@ def notes(about: Mapping[str, Any], folder: CellFolder) -> list[str]:
         said.append(f"a kNN probe with labels of training images watched pre-training, for its log alone: {watched}")
     if about["other_networks"] and folder.trained_from_scratch() is not None:
         others = ", ".join(about["other_networks"])
-        said.append(f"the network from scratch is not that of {others}: no saving against it alone is theirs")
+        said.append(f"{others}: another network than the one from scratch, so no row against the same network")
     said += [
         f"no network on patches from scratch: the first run, {run}, was trained on whole images"
         for run in about["without_patches"]
@@ -490,8 +503,12 @@ def shown_command() -> str:
     """What does all cells of this command in one process, whichever launcher and shard this is."""
     if not HydraConfig.initialized():
         return shlex.join(["python", *sys.argv])
-    given = [each for each in HydraConfig.get().overrides.task if not each.startswith(("shard=", "shards="))]
-    return shlex.join(["python", "tools/sweep_labels.py", *given])
+    hydra = HydraConfig.get()
+    given = [each for each in hydra.overrides.task if not each.startswith(("shard=", "shards="))]
+    own = [
+        f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"
+    ]
+    return shlex.join(["python", "tools/sweep_labels.py", *own, *given])
 
 
 main = command("sweep_labels", sweep, schema=SweepSchema)

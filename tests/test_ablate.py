@@ -205,6 +205,7 @@ def test_what_is_not_the_tools_own_is_for_the_cells():
     (parsed,) = OverridesParser.create().parse_overrides([own[-1]])
     assert parsed.value() == ["steps=9", "+a.b='x y'", "~clip", "encoder=timm", "data.root='a\\'"]
     assert arguments(["out=x"]) == ["out=x"]
+    assert arguments(["out=x", "mean=0,0,0"]) == ["out=x", "overrides=['mean=[0,0,0]']"]
 
 
 def test_resolvers():

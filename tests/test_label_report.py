@@ -150,7 +150,7 @@ def test_the_report_says_what_its_reader_has_to_know(tmp_path: Path):
         "- a note",
         "- one pre-training run of CPC linear at 10 labels: intervals leave its luck out",
         "- intervals of few choices of labels, or runs, are too narrow: what is called 95 % holds in about 84 % of "
-        "cases with five choices, 75 % with three; fewer than five are never said to save anything",
+        "cases with five choices, 75 % with three; two to four are never said to save anything",
         "- CPC linear has 2 of 9 cells with 10 labels",
         "- failed: CPC 0, svm: labels=10, seed 1: ValueError: no such thing",
         "- the best from scratch is chosen at each number of labels on the test images, in its favour: "

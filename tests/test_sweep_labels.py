@@ -163,7 +163,8 @@ def test_the_summary_says_what_is_saved_and_what_is_not_known(swept, runs):
     assert {row["method"] for row in summary["savings"] if row["against"] == "same network from scratch"} == {
         "CPC", "random"
     }, "SimCLR's is another"  # fmt: skip
-    assert "the network from scratch is not that of SimCLR: no saving against it alone is theirs" in summary["notes"]
+    said = "SimCLR: another network than the one from scratch, so no row against the same network"
+    assert said in summary["notes"]
     assert {row["runs"] for row in summary["savings"] if row["method"] == "CPC"} == {2}
     report = (swept / "report.md").read_text()
     assert "one pre-training run of SimCLR" in report
@@ -824,7 +825,7 @@ def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
         (["labels=[20]", "scratch_times=0.5"], "scratch_times=0.5: pass at least 1"),
         (
             ["labels=[20]", "settings.scratch=[{lr:1e-3,weight_decay:0.0}]"],
-            "scratch cnn has 1 of settings.scratch to choose from, CPC classifier has 2: pass as many",
+            "scratch cnn has 1 of settings.scratch to choose from, pre-trained classifier has 2: pass as many",
         ),
         (["labels=[20]", "settings.knn=[{neighbours:5,cells:0}]"], "settings.knn has cells=0: pass a number of at lea"),
         (
@@ -833,6 +834,8 @@ def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
         ),
         (["labels=[20]", "settings.scratch=[{lr:a,weight_decay:0}]"], "settings.scratch has lr=a: pass a number of at"),
         (["labels=[20]", "classifier.dropout=4"], "classifier.dropout=4: pass a share from 0 to below 1"),
+        (["labels=[20]", "classifier.dropout=null"], "classifier.dropout=None: pass a share from 0 to below 1"),
+        (["labels=[20]", "scratch_times=nan"], "scratch_times=nan: pass at least 1"),
         (["labels=[20]", "few=-1"], "few=-1.0: pass a share from 0 to 1"),
         (["labels=[20]", "bad_images=7"], "bad_images=7.0: pass a share from 0 to 1"),
         (["labels=[20]", "head_layer=-7"], "head_layer=-7: pass at least 0"),
@@ -928,7 +931,8 @@ def test_a_plan_is_told_in_time_for_every_cell(configured):
     cells = cells_of(cfg, made)
     planned = planned_seconds(made, cells)
     assert set(planned) == set(cells)
-    assert all(seconds > 0 for seconds in planned.values())
+    assert all(seconds >= 0 for seconds in planned.values())  # differences of short times, which may come out as 0
+    assert sum(planned.values()) > 0
     # 40 labels of 4 a class are judged in three folds, 20 in two
     few, more = (Cell(Arm("CPC", "finetune", str(cfg.runs[0])), LabelAmount("labels", n), 0) for n in (20, 40))
     assert planned[more] > planned[few]

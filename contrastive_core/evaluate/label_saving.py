@@ -146,8 +146,8 @@ def saving_interval(
             NaN is one that is not there: it is taken to differ from the other runs of its draw as its run does in the
             draws that both have.
         scratch: `draws images` by number of labels: the same label draws and test images, from scratch. A row of NaN is
-            a draw that is not there: its point is the mean over the others, which is wrong by as much as that draw is
-            easier or harder than they are: `filled_in` beforehand where anything else was measured on it.
+            a draw that is not there: its point is the mean over the others, in every resample. Where that draw is
+            harder or easier, that is wrong: fill it in (`filled_in`) where something else was measured on it.
         resamples: at least 1.
         level: of the interval, between 0 and 1.
         seed: of the resampling.
@@ -201,7 +201,7 @@ def filled_in(right: Tensor) -> Tensor:
 
     So a lucky run that was measured more often than the others does not stand for them: cells that are missing are
     as much worse as their runs are elsewhere. Where runs share no draw a cell is what the draw's other runs are. Every
-    draw has a run that is there.
+    draw has a run that is there. The sum may be below 0 or above 1.
 
     Example: of runs with 1 and 3 in one draw, and 2 and nothing in another, the fourth is 4.
     """
