@@ -191,9 +191,8 @@ def bracketed(argument: str, lists: Collection[str]) -> str:
     "labels=[]", with --multirun too: a job for each of two label counts, where each wants a list, cannot be meant.
     """
     key, equals, value = argument.partition("=")
-    written = re.match(
-        r"\s*['\"]?(\[|\$|null$|\w+\()", value
-    )  # a list, an interpolation, nothing, a sweep over several lists
+    # a list, an interpolation, nothing, a sweep over several lists
+    written = re.match(r"\s*['\"]?(\[|\$|null$|\w+\()", value)
     return f"{key}=[{value.rstrip(',')}]" if equals and key in lists and not written else argument
 
 
@@ -284,9 +283,7 @@ def told(error: BaseException, keys: Collection[str] = ()) -> int:
     text = " ".join(text.split())
     if isinstance(error, HydraException):
         text = _in_one_line(text, error.__cause__, keys)
-    of_hydra = isinstance(error, HydraException | OmegaConfBaseException) or text.startswith(
-        "Cannot instantiate config"
-    )
+    of_hydra = isinstance(error, HydraException | OmegaConfBaseException) or text.startswith("Cannot instantiate")
     for said, meaning in _HYDRA_SAYS.items() if of_hydra else ():
         if found := re.fullmatch(said, text):
             text = found.expand(meaning)

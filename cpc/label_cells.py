@@ -117,10 +117,8 @@ def check_trials(tried: Mapping[tuple[str, str], int]) -> None:
     """
     scratch = {arm: count for arm, count in tried.items() if arm[0] == SCRATCH}
     others = {arm: count for arm, count in tried.items() if arm[0] not in (SCRATCH, "random")}
-    fewest, most = (
-        min(scratch, key=scratch.__getitem__, default=None),
-        max(others, key=others.__getitem__, default=None),
-    )
+    fewest = min(scratch, key=scratch.__getitem__, default=None)
+    most = max(others, key=others.__getitem__, default=None)
     if fewest and most and scratch[fewest] < others[most]:
         raise ValueError(
             f"{' '.join(fewest)} has {scratch[fewest]} of settings.scratch to choose from, {' '.join(most)} has "

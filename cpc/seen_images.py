@@ -80,9 +80,5 @@ def seen_notes(seen: Seen, images: int) -> list[str]:
     unknown = {run: why for run, why in seen.items() if isinstance(why, str)}
     return [
         *(f"whether test images are among {named[run]} is not known: {why}" for run, why in unknown.items()),
-        *(
-            f"{count} of {images} test images are among {named[run]}"
-            for run, count in seen.items()
-            if run not in unknown
-        ),
+        *(f"{seen[run]} of {images} test images are among {named[run]}" for run in seen if run not in unknown),
     ]

@@ -113,9 +113,8 @@ def check_asked(cfg: DictConfig) -> None:
     for name, keys in {recipe.settings: recipe.in_a_setting for recipe in asked if recipe.settings}.items():
         _check_settings(name, keys, cfg.settings.get(name))
     named = [(SCRATCH, name) for name in cfg.scratch] + [("pre-trained", name) for name in cfg.protocols]
-    check_trials(
-        {(arm, name): len(cfg.settings[RECIPES[name].settings]) for arm, name in named if RECIPES[name].phases}
-    )
+    trained = [arm for arm in named if RECIPES[arm[1]].takes_steps]
+    check_trials({arm: len(cfg.settings[RECIPES[arm[1]].settings]) for arm in trained})
 
 
 def _check_arms(cfg: DictConfig) -> None:
