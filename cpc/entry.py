@@ -283,8 +283,7 @@ def told(error: BaseException, keys: Collection[str] = ()) -> int:
     text = " ".join(text.split())
     if isinstance(error, HydraException):
         text = _in_one_line(text, error.__cause__, keys)
-    of_hydra = isinstance(error, HydraException | OmegaConfBaseException) or text.startswith("Cannot instantiate")
-    for said, meaning in _HYDRA_SAYS.items() if of_hydra else ():
+    for said, meaning in _HYDRA_SAYS.items():
         if found := re.fullmatch(said, text):
             text = found.expand(meaning)
     print(f"error: {text or type(error).__name__}", file=sys.stderr)
@@ -295,7 +294,7 @@ _HYDRA_SAYS = {
     r"Error parsing override '(.*?)' missing EQUAL .*": r"'\1' has no value: pass \1=VALUE",
     r"Config group override must be a string or a list\..*": "a group is chosen by a name: pass KEY=NAME",
     r"Interpolation key '(.*?)' not found full_key: (\S+) .*": r"\2 is taken from \1, which is not there: pass it",
-    r"Key '(\w+)' not in '\w+' .*": r"~\1: this key cannot be left out, pass \1=VALUE",
+    r"Key '(\w+)' not in '\w+Schema' full_key: .*": r"~\1: this key cannot be left out, pass \1=VALUE",
     r"Cannot instantiate config of type (\w+)\..*": r"a \1 where something is to be built: pass its keys",
     r"Error merging override (\S+): .* is not a ListConfig, list or tuple\..*": r"\1: pass a list, [A,B]",
     r"Error merging override (\S+): .* could not be converted to Integer.*": r"\1: pass a whole number",
