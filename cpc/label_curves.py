@@ -165,14 +165,6 @@ class ScratchPoint(NamedTuple):
         others = [curve for name, curve in self.measured.items() if name != self.protocol]
         return [self.curve, *(curve for curve in others if shared & set(curve.seeds(labels)))]
 
-    def accuracies(self, labels: int, by: str = "accuracy") -> list[float]:
-        """Of every choice of labels, those that the best one lacks filled in as savings have them."""
-        curves = self.connected(labels, self.curve.seeds(labels))
-        seeds = sorted({seed for curve in curves for seed in curve.seeds(labels)})
-        known = [[scores.get(seed, math.nan) for seed in seeds] for scores in (c.by_seed(labels, by) for c in curves)]
-        filled: list[float] = filled_in(torch.tensor(known, dtype=torch.float64)[..., None])[0, :, 0].tolist()
-        return filled
-
 
 @dataclass(frozen=True)
 class ScratchCurve:

@@ -102,11 +102,15 @@ def write_csv(path: Path, results: Sequence[CellResult]) -> None:
 
 
 def draw(path: Path, curves: Curves, compared: Comparison) -> None:
-    """Accuracy against labels: the best protocol of every method, the best from scratch, and what is saved."""
+    """Accuracy against labels: the best protocol of every method, the best from scratch, and what is saved.
+
+    Lines are of what was measured. Where the best from scratch lacks choices of labels, savings are read off with those
+    filled in, beside its line.
+    """
     by, drawn = compared.by, []
     best = compared.scratch.get(BEST)
     if best:
-        points = {labels: point.accuracies(labels, by) for labels, point in best.points.items()}
+        points = {labels: point.curve.accuracies(labels, by) for labels, point in best.points.items()}
         drawn.append(Curve(BEST, points, baseline=True))
     arrows = []
     for method in dict.fromkeys(method for method, _ in curves if method != SCRATCH):

@@ -500,9 +500,9 @@ def notes(about: Mapping[str, Any], folder: CellFolder) -> list[str]:
 
 def shown_command() -> str:
     """What does all cells of this command in one process, whichever launcher and shard this is."""
-    if not HydraConfig.initialized():
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra is None or hydra.job.config_name != "sweep_labels":  # another command's sweep, as the demo's
         return shlex.join(["python", *sys.argv])
-    hydra = HydraConfig.get()
     given = [each for each in hydra.overrides.task if not each.startswith(("shard=", "shards="))]
     own = [
         f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"

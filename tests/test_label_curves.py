@@ -276,14 +276,6 @@ def test_what_shares_no_choice_with_the_best_does_not_stand_for_it():
     assert (row["saving"], row["saves"]) == ("< 1.0", False)
 
 
-def test_the_line_from_scratch_is_the_one_that_savings_are_read_off():
-    easy, whole = of_easy_choices("cnn", 20, (2, 3)), of_easy_choices("svm", 14, range(5))
-    point = scratch_curves(curves_of([*easy, *whole]))[BEST].points[40]
-    assert point.accuracies(40) == pytest.approx([(20 + more) / 40 for more in EASY.values()])
-    alone = scratch_curves(curves_of([*easy]))[BEST].points[40]
-    assert alone.accuracies(40) == pytest.approx([29 / 40, 30 / 40])
-
-
 def test_what_saves_nothing_is_seldom_said_to():
     """A saving of 1 in truth, choices of labels that differ: 2.5 % would be right, and five choices give some more."""
     generator = torch.Generator().manual_seed(0)

@@ -246,6 +246,23 @@ def test_every_command_that_made_a_folder_stands_in_its_report(configured, tmp_p
     assert json.loads((tmp_path / "out/summary.json").read_text())["commands"] == [one.strip() for one in commands]
 
 
+@pytest.mark.parametrize(("tool", "shown"), [
+    ("sweep_labels", "python tools/sweep_labels.py --config-dir=mine 'runs=[a b]'"),  # whatever a launcher started
+    ("pretrain_cpc", "python tools/demo.py"),  # which configures a run, then sweeps
+])  # fmt: skip
+def test_the_command_in_the_report_is_the_user_s_own(monkeypatch, tool, shown):
+    sources = [SimpleNamespace(provider="main", path="configs"), SimpleNamespace(provider="command-line", path="mine")]
+    config = SimpleNamespace(
+        job=SimpleNamespace(config_name=tool),
+        overrides=SimpleNamespace(task=["runs=[a b]", "shard=1", "shards=2"]),
+        runtime=SimpleNamespace(config_sources=sources),
+    )
+    monkeypatch.setattr(cpc.sweep_labels.HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(cpc.sweep_labels.HydraConfig, "get", lambda: config)
+    monkeypatch.setattr("sys.argv", ["tools/demo.py"])
+    assert cpc.sweep_labels.shown_command() == shown
+
+
 def test_two_runs_do_not_become_one_curve(configured, tmp_path):
     """Neither with other labels, nor with another protocol, where no cell is asked for that is there."""
     few = ["seeds=1", "random=[]", "scratch=[]"]
