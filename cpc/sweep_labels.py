@@ -6,7 +6,7 @@ that start from nothing. Every cell is a file: the same command goes on where it
 
 This is an entry point. What there is to learn by, name by name, is in `cpc.label_recipes`, and how it learns in
 `cpc.label_protocols`; what cells share in `cpc.label_bench`, their files in `cpc.label_cells`; what they come to, in
-`cpc.label_curves` and `cpc.label_report`.
+`cpc.label_curves` and `cpc.label_report`, and what their reader has to know in `cpc.label_notes`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from contrastive_core.data import LabelAmount, sample_ids
 from contrastive_core.encoders import small_cnn_for
-from contrastive_core.reading import read_json
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete, build, check_complete, command, start_accelerator, wants_traceback
 from cpc.evaluate import labelled
@@ -39,19 +38,23 @@ from cpc.frozen_encoder import MODES
 from cpc.label_bench import Arm, Bench, Cell, Plan, choices_of, run_fingerprint, usable
 from cpc.label_cells import CellFolder, check_trials
 from cpc.label_costs import duration, planned_seconds
-from cpc.label_curves import SCRATCH, CellResult
+from cpc.label_curves import SCRATCH
+from cpc.label_notes import (
+    encoded_once,
+    lengths_from_scratch,
+    notes,
+    of_runs_that_are_there,
+    with_what_other_commands_knew,
+)
 from cpc.label_protocols import Both, Length
-from cpc.label_recipes import RECIPES, networks_from_scratch, protocols_of, run_cell
+from cpc.label_recipes import RECIPES, protocols_of, run_cell
 from cpc.label_report import write_failures, write_report
 from cpc.run import plain
 from cpc.run_folder import MAY_CHANGE, check_no_file, differing_keys
-from cpc.seen_images import LABELLED, seen_among, seen_notes
+from cpc.seen_images import seen_among
 
 LEAST = {"lr": 0, "weight_decay": 0, "encoder_lr": 0, "neighbours": 1, "cells": 1}
 """The least that a setting may say."""
-
-FROZEN = ("linear", "knn", "classifier")
-"""Protocols on features of a frozen encoder."""
 
 LEARNED_FROM_LABELS = ("Classifier", "Distill")
 
@@ -404,44 +407,13 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
         }
         missing = sum(not folder.has(cell) for cell in cells)
         about = {**about, "cells": len(results) + missing, "features": features, "failed": folder.failures()}
-        about |= _with_what_other_commands_knew(out / "summary.json", about)
+        about |= with_what_other_commands_knew(out / "summary.json", about)
         methods = dict.fromkeys(result.method for result in results if result.method not in (SCRATCH, "random"))
         groups = {method: about["runs"].get(method, []) for method in methods}
         about["other_networks"] = other_networks(groups, folder.trained_from_scratch())
-        about["seen"] = _of_runs_that_are_there(about["seen"], groups)
+        about["seen"] = of_runs_that_are_there(about["seen"], groups)
         about["notes"] = notes(about, folder) + lengths_from_scratch(bench.plan, results) + encoded_once(bench, cells)
         write_report(out, results, bench.test.labels, about)
-
-
-def encoded_once(bench: Bench, cells: Sequence[Cell]) -> list[str]:
-    """How many images a command's frozen protocols encode, but for augmented ones, in place of all for every cell."""
-    read = [cell for cell in cells if cell.arm.protocol in FROZEN and cell.arm.method != SCRATCH]
-    if not read:
-        return []
-    again = sum(len(bench.choices[cell.amount, cell.seed].indices) + len(bench.test) for cell in read)
-    encoders = {(cell.arm.run, cell.arm.method == "random") for cell in read}
-    once = len(encoders) * (len(bench.used) + len(bench.test))
-    return [
-        f"features of {once:,} images are encoded once a process for {len(read)} cells on frozen encoders, in place of "
-        f"{again:,} for every cell again: {again / once:.1f} times as many"
-    ]
-
-
-def lengths_from_scratch(plan: Plan, results: Sequence[CellResult]) -> list[str]:
-    """How long the networks from scratch were trained, with the fewest labels and with the most; where too shortly."""
-    scratch = plan.lengths["scratch"]
-    trained = {cell.labels for cell in results if cell.method == SCRATCH and cell.protocol in networks_from_scratch()}
-    said = []
-    for labels in sorted({min(trained), max(trained)}) if trained else ():
-        steps = scratch.steps(labels, plan.batch_size)
-        passes = steps * min(plan.batch_size, labels) / labels
-        said.append(f"{steps:,} steps with {labels:,} labels, {passes:,.0f} passes over them")
-    cut = sorted(labels for labels in trained if scratch.cut_short(labels, plan.batch_size))
-    too_low = f"from {cut[0]:,} labels on the curve may be too low, and what is saved too large" if cut else ""
-    return [
-        *([f"networks from scratch are trained for {' and '.join(said)}: scratch_times"] if said else []),
-        *([f"{too_low}: steps.*.most cuts networks from scratch short there, raise it"] if cut else []),
-    ]
 
 
 def known_of(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
@@ -458,44 +430,6 @@ def known_of(cfg: DictConfig, bench: Bench) -> dict[str, Any]:
         "probed": [run for run in cfg.runs if (run_config(run)[1].get("probe_every") or 0) > 0],
         "without_patches": [first for first in cfg.runs[:1] if "patches" in cfg.scratch and not has_patches(first)],
     }
-
-
-def _with_what_other_commands_knew(summary: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """The part of `about` that holds for the whole folder: what is known of others' arms, which are in the figure too.
-
-    Of a summary that cannot be read nothing is known: the cells are what counts.
-    """
-    try:
-        before = read_json(summary, largest=1 << 26)
-        return {name: {**before.get(name, {}), **about[name]} for name in ("runs", "seen")} | {
-            name: list(dict.fromkeys([*before.get(name, []), *about[name]]))
-            for name in ("commands", "probed", "without_patches")
-        }
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _of_runs_that_are_there(seen: Mapping[str, int | str], groups: Mapping[str, Sequence[str]]) -> dict[str, int | str]:
-    """What is known of test images in what methods with results were pre-trained on; of each something is said."""
-    runs = {run: seen.get(run, "no command has looked") for of_method in groups.values() for run in of_method}
-    lost = {method: "the summary of the command that made its cells is gone" for method in groups if not groups[method]}
-    return {LABELLED: seen[LABELLED]} | runs | lost
-
-
-def notes(about: Mapping[str, Any], folder: CellFolder) -> list[str]:
-    """What a reader of the report has to know about where its numbers come from."""
-    said = seen_notes(about["seen"], about["test_images"])
-    if about["probed"]:
-        watched = ", ".join(about["probed"])
-        said.append(f"a kNN probe with labels of training images watched pre-training, for its log alone: {watched}")
-    if about["other_networks"] and folder.trained_from_scratch() is not None:
-        others = ", ".join(about["other_networks"])
-        said.append(f"{others}: another network than the one from scratch, so no row against the same network")
-    said += [
-        f"no network on patches from scratch: the first run, {run}, was trained on whole images"
-        for run in about["without_patches"]
-    ]
-    return said
 
 
 def shown_command() -> str:

@@ -199,11 +199,12 @@ def test_the_report_says_what_encoding_once_saves(configured, tmp_path):
 
 def test_another_command_s_runs_stay_known(configured, runs, tmp_path):
     few = ["labels=[20]", "seeds=1", "random=[]", "protocols=[knn]", "scratch=[logistic]"]
-    for use in (slice(0, 2), slice(2, 3)):
+    for use in (slice(0, 2), slice(2, 3), slice(0, 1)):  # the last names one of two repeats
         sweep(configured(*few, use=use))
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["runs"] == {"CPC": [str(run) for run in runs[:2]], "SimCLR": [str(runs[2])]}
     assert {row["method"] for row in summary["accuracies"]} == {"CPC", "SimCLR", "scratch"}
+    assert summary["seen"] == dict.fromkeys(["", *map(str, runs)], 0)
 
 
 def test_what_another_command_s_run_has_seen_stays_in_the_report(configured, runs, tmp_path):
