@@ -104,9 +104,12 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
     ConfigStore.instance().store(f"{config_name.split('_')[0]}_schema", schema)
 
     composed, level = False, "normal"
-    groups = groups_of(Path(config_folder()), own_lines(Path(config_folder()), config_name))
-    keys = [*get_type_hints(schema), *groups]
     lists = list_keys(schema)
+
+    def keys() -> list[str]:
+        """What may stand before the "=" of an override; asked where something was wrong with one."""
+        folder = Path(config_folder())
+        return [*get_type_hints(schema), *groups_of(folder, own_lines(folder, config_name))]
 
     def run(cfg: DictConfig) -> None:
         nonlocal composed
@@ -131,7 +134,7 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
         except (*USER_ERRORS, HydraException) as error:
             if wants_traceback():
                 raise
-            sys.exit(told(error, keys))
+            sys.exit(told(error, keys()))
         except (MemoryError, RuntimeError) as error:
             remedy = way_out(error)
             if wants_traceback() or not remedy:
@@ -159,7 +162,7 @@ def command(config_name: str, job: Callable[[DictConfig], Any], *, schema: type)
                 # whatever hydra raises before the job begins is about the command line: its parser asserts, too
                 if composed or wants_traceback():
                     raise
-                sys.exit(told(error, keys))
+                sys.exit(told(error, keys()))
 
     return main
 
