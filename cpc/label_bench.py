@@ -22,6 +22,7 @@ from contrastive_core.data import (
     BadImages,
     ImageDataset,
     LabelAmount,
+    LabelList,
     LabelSplit,
     Splits,
     decodable,
@@ -59,7 +60,7 @@ class Cell(NamedTuple):
     """One arm with one choice of labels."""
 
     arm: Arm
-    amount: LabelAmount
+    amount: LabelAmount | LabelList
     seed: int
 
     @property
@@ -90,28 +91,46 @@ def usable(splits: Splits, bad_images: float, workers: int) -> Splits:
     return Splits(train, test)
 
 
-Choices = Mapping[tuple[LabelAmount, int], LabelSplit]
-"""The labels of every amount and seed."""
+Choices = Mapping[tuple[LabelAmount | LabelList, int], LabelSplit]
+"""The labels of every amount and seed; of a list that others have made, seed 0."""
 
 
 def choices_of(
     amounts: Sequence[LabelAmount], labels: Tensor, ids: Tensor, *, seeds: int, few: float, seeds_above: int
-) -> dict[tuple[LabelAmount, int], LabelSplit]:
+) -> dict[tuple[LabelAmount | LabelList, int], LabelSplit]:
     """What every amount and seed choose: `seeds` up to the share `few` of the labels, `seeds_above` above it.
 
     Args: `labels`, `ids`: `n` int64, of all training images.
     """
-    choices: dict[tuple[LabelAmount, int], LabelSplit] = {}
+    choices: dict[tuple[LabelAmount | LabelList, int], LabelSplit] = {}
     for amount in amounts:
         count = len(amount.choose(labels, ids=ids))
-        others = [str(other) for other, _ in choices if len(choices[other, 0].indices) == count]
-        if others:
-            raise ValueError(f"{amount} and {others[0]} are {count} labels both: leave one of them out")
+        _check_alone(choices, amount, count)
         # a share of every class is rounded, so that its sum may be a little more
         for seed in range(seeds if count <= few * len(labels) + len(labels.unique()) / 2 else seeds_above):
             indices = amount.choose(labels, seed=seed, ids=ids)
             choices[amount, seed] = LabelSplit(indices, split_digest(ids, labels, indices))
     return choices
+
+
+def with_lists(
+    choices: Choices, listed: Mapping[LabelList, Tensor], labels: Tensor, ids: Tensor
+) -> dict[tuple[LabelAmount | LabelList, int], LabelSplit]:
+    """The same and those that lists name: `labels_listed` of each, one choice a list."""
+    every = dict(choices)
+    for names, indices in listed.items():
+        _check_alone(every, names, len(indices))
+        every[names, 0] = LabelSplit(indices, split_digest(ids, labels, indices))
+    return every
+
+
+def _check_alone(choices: Choices, amount: LabelAmount | LabelList, count: int) -> None:
+    """One choice a seed for each number of labels: a curve has one point there."""
+    for (other, _), choice in choices.items():
+        if len(choice.indices) == count:
+            raise ValueError(f"{amount} and {other} are {count} labels both: leave one of them out")
+        if str(other) == str(amount):
+            raise ValueError(f"{amount} twice: give each list a file name of its own")
 
 
 # ---- what the cells share ----

@@ -27,7 +27,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from contrastive_core.data import LabelAmount, sample_ids
+from contrastive_core.data import LabelAmount, LabelList, labels_listed, names_listed, sample_ids
 from contrastive_core.encoders import small_cnn_for
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete, build, check_complete, command, start_accelerator, wants_traceback
@@ -35,7 +35,7 @@ from cpc.evaluate import labelled
 from cpc.finetune import run_crop_and_flip
 from cpc.foreign import run_config, run_data
 from cpc.frozen_encoder import MODES
-from cpc.label_bench import Arm, Bench, Cell, Plan, choices_of, run_fingerprint, usable
+from cpc.label_bench import Arm, Bench, Cell, Plan, choices_of, run_fingerprint, usable, with_lists
 from cpc.label_cells import CellFolder, check_trials
 from cpc.label_costs import duration, planned_seconds
 from cpc.label_curves import SCRATCH
@@ -71,6 +71,7 @@ class SweepSchema:
     fractions: list[float]
     labels: list[int]
     labels_per_class: list[int]
+    label_lists: list[str]
     seeds: int
     few: float
     seeds_above: int
@@ -130,8 +131,13 @@ def _check_arms(cfg: DictConfig) -> None:
             raise ValueError(f"{name}={unknown}: pass some of {', '.join(protocols_of(name))}")
     if not (cfg.protocols or cfg.random or cfg.scratch):
         raise ValueError("no arm asked for: pass protocols=, random= or scratch=, or leave them as they are")
-    if not amounts_of(cfg):
-        raise ValueError("no labels asked for: pass fractions=[0.01,0.1], labels=[20,40] or labels_per_class=[1,2]")
+    if not amounts_of(cfg) and not cfg.label_lists:
+        raise ValueError(
+            "no labels asked for: pass fractions=[0.01,0.1], labels=[20,40], labels_per_class=[1,2] or "
+            "label_lists=[FILE]"
+        )
+    for file in cfg.label_lists:
+        names_listed(file)
 
 
 def _check_numbers(cfg: DictConfig) -> None:
@@ -363,7 +369,9 @@ def bench_of(cfg: DictConfig) -> Bench:
         **{name: written[name] for name in ("head_layer", "mode", "readout", "seed", "workers", "precision")},
         described={name: written[name] for name in ("views", "cnn")},
     )
-    return Bench(plan, splits, choices_of(amounts_of(cfg), labels, ids, **seeds), accelerator)
+    listed = {LabelList(file): labels_listed(splits.train, file) for file in cfg.label_lists}
+    choices = with_lists(choices_of(amounts_of(cfg), labels, ids, **seeds), listed, labels, ids)
+    return Bench(plan, splits, choices, accelerator)
 
 
 def sweep(cfg: DictConfig) -> Path:

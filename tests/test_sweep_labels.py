@@ -922,6 +922,49 @@ def test_fewer_seeds_above_a_tenth_and_choices_that_are_nested():
     assert sets[amounts[0], 0] < sets[amounts[1], 0] < sets[amounts[2], 0]
 
 
+def listed(folder, made, *places, name="few.txt"):
+    """A file in a folder of its own with the names of these training images."""
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_text("".join(f"somewhere/{made.splits.train.name(place)}\n" for place in places))
+    return file
+
+
+def test_labels_that_a_list_names_are_one_choice_beside_the_others(configured, bench, tmp_path):
+    images = bench("labels=[20]")
+    without_threes = (images.labels != 3).nonzero().flatten()[:33]
+    file = listed(tmp_path / "a", images, *without_threes.flip(0).tolist())
+    quick = ["scratch=[logistic,cnn]", "protocols=[linear,classifier]", "random=[]", "seeds=2"]
+    folder = sweep(configured("labels=[20]", f"label_lists=[{file}]", *quick))
+    with (folder / "label_efficiency.csv").open() as rows:
+        cells = [row for row in csv.DictReader(rows) if row["amount"] == "label_list=few.txt"]
+    assert [(row["method"], row["protocol"], row["labels"], row["seed"]) for row in cells] == [
+        ("CPC", "classifier", "33", "0"), ("CPC", "linear", "33", "0"),
+        ("scratch", "cnn", "33", "0"), ("scratch", "logistic", "33", "0"),
+    ]  # fmt: skip
+    assert {row["split"] for row in cells} == {split_digest(images.ids, images.labels, without_threes)}
+    before = files(folder)
+    sweep(configured(f"label_lists=[{file}]", *quick))
+    assert files(folder) == before
+    listed(tmp_path / "a", images, *(without_threes + 100).tolist())
+    with pytest.raises(ValueError, match=r"made with another choice of 33 labels: pass another out"):
+        sweep(configured(f"label_lists=[{file}]", *quick))
+
+
+def test_lists_that_cannot_stand_beside_what_is_asked_for(configured, bench, tmp_path):
+    images = bench("labels=[20]")
+    twenty, three = listed(tmp_path / "a", images, *range(20)), listed(tmp_path / "b", images, 1, 2, 3)
+    empty = listed(tmp_path / "c", images, name="empty.txt")
+    with pytest.raises(ValueError, match=r"label_list=few\.txt and labels=20 are 20 labels both: leave one"):
+        bench("labels=[20]", f"label_lists=[{twenty}]")
+    with pytest.raises(ValueError, match=r"label_list=few\.txt twice: give each list a file name of its own"):
+        bench(f"label_lists=[{twenty},{three}]")
+    with pytest.raises(ValueError, match=r"empty\.txt: no name: pass a list of this data set's file names"):
+        check_asked(configured(f"label_lists=[{empty}]"))
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere: pass a list of image file names, one a line"):
+        check_asked(configured(f"label_lists=[{tmp_path / 'nowhere'}]"))
+
+
 def test_a_class_without_a_training_image_is_named():
     images = torch.zeros(6, 8, 8, 3, dtype=torch.uint8).numpy()
     train = ImageDataset(images, size=8, labels=[0, 0, 2, 2, 0, 2])

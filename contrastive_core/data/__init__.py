@@ -5,7 +5,15 @@ they are on the device, unless the loader's workers are to augment them (`worker
 imported from its own module). `fractions` chooses the few labels of many, `identity` says who an image is.
 """
 
-from contrastive_core.data.fractions import LabelAmount, label_fraction, labels_listed, labels_per_class, only_labelled
+from contrastive_core.data.fractions import (
+    LabelAmount,
+    LabelList,
+    label_fraction,
+    labels_listed,
+    labels_per_class,
+    names_listed,
+    only_labelled,
+)
 from contrastive_core.data.hub import huggingface
 from contrastive_core.data.identity import LabelSplit, dataset_digest, sample_ids, split_digest
 from contrastive_core.data.images import ImageDataset, Sample, UndecodableImage
@@ -27,6 +35,7 @@ __all__ = [
     "BadImages",
     "ImageDataset",
     "LabelAmount",
+    "LabelList",
     "LabelSplit",
     "LoadedBatch",
     "Sample",
@@ -44,6 +53,7 @@ __all__ = [
     "labels_listed",
     "labels_per_class",
     "mnist5k",
+    "names_listed",
     "only_labelled",
     "parquet",
     "sample_ids",

@@ -20,6 +20,8 @@ from torch import Tensor
 from contrastive_core.data.images import ImageDataset
 from contrastive_core.randomness import Randomness
 
+_A_LIST = "pass a list of this data set's file names, one a line"
+
 
 def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0, ids: Tensor | None = None) -> Tensor:
     """The images that keep their labels when a share of them is kept: sorted indices, int64.
@@ -101,6 +103,18 @@ class LabelAmount(NamedTuple):
         return labels_per_class(labels, count // classes, seed=seed, ids=ids)
 
 
+class LabelList(NamedTuple):
+    """The labels of the images that a text file names, which `labels_listed` reads.
+
+    Example: `str(LabelList("lists/1percent.txt"))` is "label_list=1percent.txt".
+    """
+
+    file: str
+
+    def __str__(self) -> str:
+        return f"label_list={Path(self.file).name}"
+
+
 def labels_listed(dataset: ImageDataset, file: str | Path) -> Tensor:
     """The images that a text file names, a file name a line: sorted indices, int64.
 
@@ -113,20 +127,32 @@ def labels_listed(dataset: ImageDataset, file: str | Path) -> Tensor:
 
     Example: for files `a/1.png` and `b/2.png`, a list of the line `2.png` gives [1].
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no file {file}: pass a list of image file names, one a line")
-    lines = (line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines())
-    wanted = [line.rpartition("/")[2] for line in lines if line]
+    wanted = names_listed(file)
     places: dict[str, list[int]] = {}
     for index in (dataset.labels >= 0).nonzero().flatten().tolist():
         places.setdefault(Path(dataset.name(index)).name, []).append(index)
     found = {name: len(places.get(name, [])) for name in wanted}
     wrong = [f"{count} labelled images are called {name}" for name, count in found.items() if count != 1]
-    wrong += [f"{name} stands there {count} times" for name, count in Counter(wanted).items() if count > 1]
-    if wrong or not wanted:
-        said = wrong[0] if wrong else "no name"
-        raise ValueError(f"{file}: {said}: pass a list of this data set's file names, one a line")
+    if wrong:
+        raise ValueError(f"{file}: {wrong[0]}: {_A_LIST}")
     return torch.tensor(sorted(places[name][0] for name in wanted), dtype=torch.int64)
+
+
+def names_listed(file: str | Path) -> list[str]:
+    """The names in a list as `labels_listed` reads it, each once and without its folders.
+
+    Raises FileNotFoundError for a missing file, ValueError for a list of nothing and for a name that is there twice.
+
+    Example: a list of the lines `a/1.png` and `2.png` gives ["1.png", "2.png"].
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file}: pass a list of image file names, one a line")
+    lines = (line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines())
+    names = [line.rpartition("/")[2] for line in lines if line]
+    twice = [f"{name} stands there {count} times" for name, count in Counter(names).items() if count > 1]
+    if twice or not names:
+        raise ValueError(f"{file}: {twice[0] if twice else 'no name'}: {_A_LIST}")
+    return names
 
 
 def only_labelled(dataset: ImageDataset, indices: Tensor) -> ImageDataset:
