@@ -303,6 +303,13 @@ _HYDRA_SAYS = {
     r"Error merging override (\S+): .* could not be converted to Integer.*": r"\1: pass a whole number",
     r"Error merging override (\S+): .* could not be converted to Float.*": r"\1: pass a number",
     r"Error merging override (\S+): .* is not a valid bool.*": r"\1: pass true or false",
+    r"Error merging override (\S+): Cannot convert '.*?' to string.*": r"\1: pass a word",
+    r"Error merging override (\S+): field '\w+' is not Optional": r"\1: pass a value",
+    # of keys that are typed after they were merged, those of a protocol
+    r"Value '(.*)' of type '\w+' could not be converted to Integer full_key: (\S+) .*": r"\2=\1: pass a whole number",
+    r"Value '(.*)' of type '\w+' could not be converted to Float full_key: (\S+) .*": r"\2=\1: pass a number",
+    r"Cannot convert '\w+' to string: '(.*)' full_key: (\S+) .*": r"\2=\1: pass a word",
+    r"Incompatible value 'None' for field of type '\w+' full_key: (\S+) .*": r"\1=null: pass a value",
 }
 """What hydra and omegaconf say in words of their own code, and what it means to somebody at a command line."""
 

@@ -220,6 +220,8 @@ MISTAKES = [
     ("experiment=typo", "Could not find 'experiment/typo'"),
     ("steps=abc", "steps=abc: pass a whole number"),
     ("patch.size=abc", "patch.size=abc: pass a whole number"),
+    ("steps=null", "steps=null: pass a value"),
+    ("precision=[1]", "precision=[1]: pass a word"),
     ("stpes=3", "Could not override 'stpes'"),
     ("patch.sise=3", "Could not override 'patch.sise'"),
     ("steps=0", "error: steps=0: pass at least 1"),
