@@ -304,7 +304,9 @@ _HYDRA_SAYS = {
     r"Error merging override (\S+): .* could not be converted to Float.*": r"\1: pass a number",
     r"Error merging override (\S+): .* is not a valid bool.*": r"\1: pass true or false",
     r"Error merging override (\S+): Cannot convert '.*?' to string.*": r"\1: pass a word",
-    r"Error merging override (\S+): field '\w+' is not Optional": r"\1: pass a value",
+    r"Error merging override (\S+): field '[\w.]+' is not Optional": r"\1: pass a value",
+    r"Error merging override (\S+): Invalid type assigned: .* is not a subclass of \w+Schema.*": r"\1: pass its keys",
+    r"Error merging override ~(\S+): \w+Schema .* does not support deletion": r"~\1: this key cannot be left out",
     # of keys that are typed after they were merged, those of a protocol
     r"Value '(.*)' of type '\w+' could not be converted to Integer full_key: (\S+) .*": r"\2=\1: pass a whole number",
     r"Value '(.*)' of type '\w+' could not be converted to Float full_key: (\S+) .*": r"\2=\1: pass a number",

@@ -18,20 +18,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from contrastive_core.data import (
-    BadImages,
-    ImageDataset,
-    LabelAmount,
-    LabelList,
-    LabelSplit,
-    Splits,
-    decodable,
-    sample_ids,
-    split_digest,
-)
+from contrastive_core.data import ImageDataset, LabelAmount, LabelList, Splits, sample_ids, split_digest
 from cpc.encoder_card import read_card
 from cpc.features import load_encoder, untrained_encoder
 from cpc.frozen_encoder import FrozenEncoder
+from cpc.label_choices import Choices, used_by
 from cpc.label_curves import SCRATCH
 from cpc.label_protocols import Both, FeatureTable, Length, Training
 from cpc.latent_classifier import LatentClassifier
@@ -72,67 +63,6 @@ class Cell(NamedTuple):
         return f"{self.arm}: {self.amount}, seed {self.seed}"
 
 
-# ---- the images ----
-
-
-def usable(splits: Splits, bad_images: float, workers: int) -> Splits:
-    """The images that can be decoded; ValueError where training has no image of a class, or test has one more.
-
-    Args: `splits`: all of them labelled. `bad_images`: the share that may be undecodable.
-    """
-    assert splits.test is not None
-    train, test = (decodable(part, BadImages(bad_images), workers) for part in (splits.train, splits.test))
-    classes = len(train.labels.unique())
-    if int(train.labels.max()) != classes - 1:
-        empty = sorted(set(range(train.classes)) - set(train.labels.tolist()))
-        raise ValueError(f"no training image has a label of class {empty[0]}: number the classes that there are from 0")
-    if int(test.labels.max()) >= classes:
-        raise ValueError(f"test images have classes up to {int(test.labels.max())}, there are {classes} to learn")
-    return Splits(train, test)
-
-
-Choices = Mapping[tuple[LabelAmount | LabelList, int], LabelSplit]
-"""The labels of every amount and seed; of a list that others have made, seed 0."""
-
-
-def choices_of(
-    amounts: Sequence[LabelAmount], labels: Tensor, ids: Tensor, *, seeds: int, few: float, seeds_above: int
-) -> dict[tuple[LabelAmount | LabelList, int], LabelSplit]:
-    """What every amount and seed choose: `seeds` up to the share `few` of the labels, `seeds_above` above it.
-
-    Args: `labels`, `ids`: `n` int64, of all training images.
-    """
-    choices: dict[tuple[LabelAmount | LabelList, int], LabelSplit] = {}
-    for amount in amounts:
-        count = len(amount.choose(labels, ids=ids))
-        _check_alone(choices, amount, count)
-        # a share of every class is rounded, so that its sum may be a little more
-        for seed in range(seeds if count <= few * len(labels) + len(labels.unique()) / 2 else seeds_above):
-            indices = amount.choose(labels, seed=seed, ids=ids)
-            choices[amount, seed] = LabelSplit(indices, split_digest(ids, labels, indices))
-    return choices
-
-
-def with_lists(
-    choices: Choices, listed: Mapping[LabelList, Tensor], labels: Tensor, ids: Tensor
-) -> dict[tuple[LabelAmount | LabelList, int], LabelSplit]:
-    """The same and those that lists name: `labels_listed` of each, one choice a list."""
-    every = dict(choices)
-    for names, indices in listed.items():
-        _check_alone(every, names, len(indices))
-        every[names, 0] = LabelSplit(indices, split_digest(ids, labels, indices))
-    return every
-
-
-def _check_alone(choices: Choices, amount: LabelAmount | LabelList, count: int) -> None:
-    """One choice a seed for each number of labels: a curve has one point there."""
-    for (other, _), choice in choices.items():
-        if len(choice.indices) == count:
-            raise ValueError(f"{amount} and {other} are {count} labels both: leave one of them out")
-        if str(other) == str(amount):
-            raise ValueError(f"{amount} twice: give each list a file name of its own")
-
-
 # ---- what the cells share ----
 
 
@@ -170,13 +100,13 @@ class Plan:
 class Bench:
     """What the cells share: images, choices of labels, and features that are encoded once.
 
-    Args: `splits`: as `usable`. `choices`: of labels, by amount and seed.
+    Args: `splits`: all labelled; those of the test images, and of the training images in `choices`, can be decoded.
     """
 
     def __init__(self, plan: Plan, splits: Splits, choices: Choices, accelerator: Accelerator) -> None:
         self.plan, self.splits, self.choices, self.accelerator = plan, splits, choices, accelerator
         self.labels, self.ids = splits.train.labels, sample_ids(splits.train)
-        self.used = torch.cat([choice.indices for choice in choices.values()]).unique()
+        self.used = used_by(choices)
         self.tables: dict[tuple[str, bool], FeatureTable] = {}
         self._encoders: dict[tuple[str, bool], FrozenEncoder] = {}
 

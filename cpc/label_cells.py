@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contrastive_core.data import LISTED, LabelList
 from contrastive_core.reading import read_json
 from cpc.label_bench import Bench, Cell
 from cpc.label_curves import LARGEST_CELL, OF_THE_SAME_NETWORK, SCRATCH, CellResult, read_results
@@ -63,7 +64,7 @@ class CellFolder:
 
         A second command may add arms and label counts. What it may not: other images, other steps where networks are
         trained, in an arm that is there other settings or another readout, another encoder under the name of one that
-        is there, other choices of as many labels, the same choice by another name.
+        is there, other choices of as many labels, the same choice by another name, lists beside draws.
         """
         shared = _as_written(bench.shared)
         asked = {arm: _as_written(asked_of(bench, arm)) for arm in dict.fromkeys(cell.arm for cell in cells)}
@@ -73,6 +74,8 @@ class CellFolder:
             (len(choice.indices), seed): (str(amount), choice.digest)
             for (amount, seed), choice in bench.choices.items()
         }
+        digests = {(str(amount), seed): choice.digest for (amount, seed), choice in bench.choices.items()}
+        of_lists = {isinstance(amount, LabelList) for amount, _ in bench.choices}
         tried = {(arm.method, arm.protocol): len(what["settings"]) for arm, what in asked.items() if "steps" in what}
         for written in self._files():
             result = read_json(written, largest=LARGEST_CELL)
@@ -87,11 +90,14 @@ class CellFolder:
                 expected["encoder"] = encoders.get(_first_weights(*name), there.get("encoder"))
                 differing += differing_keys(expected, {part: there.get(part) for part in expected})
             amount, digest = choices.get((result["labels"], result["seed"]), (result["amount"], result["split"]))
-            if digest != result["split"]:
+            named = digests.get((result["amount"], result["seed"]), result["split"])
+            if {digest, named} != {result["split"]}:
                 differing.append(f"choice of {result['labels']} labels")
             if differing:
                 of = ", ".join(differing)
                 raise ValueError(f"{written} was made with another {of}: pass another out, or remove it")
+            if of_lists != {result["amount"].startswith(f"{LISTED}=")}:
+                raise ValueError(f"{written}: lists of labels and draws make no common curve, pass another out")
             if name in arms and amount != result["amount"]:
                 raise ValueError(f"{written} has the labels of {amount}: pass {result['amount']}, or another out")
         check_trials(tried)

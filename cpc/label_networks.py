@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from contrastive_core.data import ImageDataset, training_batches
+from contrastive_core.data import ImageDataset, evaluation_batches, training_batches
 from contrastive_core.data.loading import LoadedBatch, batch_indices
 from contrastive_core.evaluate.features import extract_features
 from contrastive_core.method import Batch, Method
@@ -127,14 +127,14 @@ def encoded_copies(
     copies: int,
     seed: int,
     batch_size: int,
+    workers: int = 0,
 ) -> Tensor:
-    """Latents of images that were augmented so many times: `copies n ...` float32 on the CPU."""
+    """Latents of images that were augmented so many times: `copies n ...` float32 on the CPU. All can be decoded."""
     passes = []
     for copy in range(copies):
         parts = []
-        for indices in torch.arange(len(images)).split(batch_size):
-            pixels = torch.stack([images[int(index)].image for index in indices])
-            (view,) = views(pixels.to(accelerator.device), Randomness(seed, copy, indices))
+        for batch in evaluation_batches(images, batch_size=batch_size, workers=workers):
+            (view,) = views(batch.images.to(accelerator.device), Randomness(seed, copy, batch.indices))
             with accelerator.autocast():
                 parts.append(encoder(view).float().cpu())
         passes.append(torch.cat(parts))

@@ -331,6 +331,7 @@ class LatentProtocol:
             copies=self.copies_each,
             seed=0,
             batch_size=self.encoder.batch_size,
+            workers=self.training.workers,
         )
 
     def first_phase(self, fit: Tensor, setting: Setting, share: float, seed: int) -> nn.Module:

@@ -298,7 +298,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         "class_accuracy": sum(per_class) / len(per_class),
         "setting": dict(setting),
         "seconds": round(time.perf_counter() - began, 2),
-        "draws": sum(amount == cell.amount for amount, _ in bench.choices),
+        "draws": sum(len(other.indices) == len(choice.indices) for other in bench.choices.values()),
         "shared": bench.shared,
         "asked": asked_of(bench, cell.arm),
         "predictions": predictions.tolist(),

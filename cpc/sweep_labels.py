@@ -4,13 +4,15 @@ A grid of label counts, choices of labels, first weights and protocols, against 
 that start from nothing. Every cell is a file: the same command goes on where it was, on one machine or on many
 (`-m shard=0,1 shards=2 hydra/launcher=joblib`), and draws the curve while it grows.
 
-This is an entry point. What there is to learn by, name by name, is in `cpc.label_recipes`, and how it learns in
-`cpc.label_protocols`; what cells share in `cpc.label_bench`, their files in `cpc.label_cells`; what they come to, in
-`cpc.label_curves` and `cpc.label_report`, and what their reader has to know in `cpc.label_notes`.
+This is an entry point. What there is to learn by, name by name, is in `cpc.label_recipes`, how it learns in
+`cpc.label_protocols`, and from which labels in `cpc.label_choices`; what cells share in `cpc.label_bench`, their files
+in `cpc.label_cells`; what they come to, in `cpc.label_curves` and `cpc.label_report`, and what their reader has to know
+in `cpc.label_notes`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -26,8 +28,18 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from contrastive_core.data import LabelAmount, LabelList, labels_listed, names_listed, sample_ids
+from contrastive_core.data import (
+    BadImages,
+    LabelAmount,
+    LabelList,
+    Splits,
+    decodable,
+    labels_listed,
+    names_listed,
+    sample_ids,
+)
 from contrastive_core.encoders import small_cnn_for
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete, build, check_complete, command, start_accelerator, wants_traceback
@@ -35,8 +47,9 @@ from cpc.evaluate import labelled
 from cpc.finetune import run_crop_and_flip
 from cpc.foreign import run_config, run_data
 from cpc.frozen_encoder import MODES
-from cpc.label_bench import Arm, Bench, Cell, Plan, choices_of, run_fingerprint, usable, with_lists
+from cpc.label_bench import Arm, Bench, Cell, Plan, run_fingerprint
 from cpc.label_cells import CellFolder, check_trials
+from cpc.label_choices import Choices, check_classes, decodable_choices, drawn_choices, listed_choices
 from cpc.label_costs import duration, planned_seconds
 from cpc.label_curves import SCRATCH
 from cpc.label_notes import (
@@ -63,6 +76,23 @@ REPORT_EVERY = 120
 
 
 @dataclass
+class LengthSchema:
+    """Types of the keys below each of `steps`."""
+
+    least: int
+    passes: float
+    most: int
+
+
+@dataclass
+class StepsSchema:
+    """Types of the keys below `steps`."""
+
+    classifier: LengthSchema
+    finetune: LengthSchema
+
+
+@dataclass
 class SweepSchema:
     """Types of the top-level keys of configs/sweep_labels.yaml."""
 
@@ -80,7 +110,7 @@ class SweepSchema:
     scratch: list[str]
     mode: str | None
     readout: str
-    steps: dict[str, Any]
+    steps: StepsSchema
     scratch_times: float
     batch_size: int
     encodings: int
@@ -136,6 +166,11 @@ def _check_arms(cfg: DictConfig) -> None:
             "no labels asked for: pass fractions=[0.01,0.1], labels=[20,40], labels_per_class=[1,2] or "
             "label_lists=[FILE]"
         )
+    if amounts_of(cfg) and cfg.label_lists:
+        raise ValueError(
+            "label_lists beside fractions=, labels= or labels_per_class=: lists and draws make no common curve, pass "
+            "either, each with an out= of its own"
+        )
     for file in cfg.label_lists:
         names_listed(file)
 
@@ -151,10 +186,12 @@ def _check_numbers(cfg: DictConfig) -> None:
     dropout = cfg.classifier.get("dropout")
     if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
         raise ValueError(f"classifier.dropout={dropout}: pass a share from 0 to below 1")
+    with torch.device("meta"):  # its sizes, whatever they are, without the memory
+        build({"_target_": "cpc.latent_classifier.LatentClassifier", "dim": 1, "classes": 2, **plain(cfg.classifier)})
     if not 0 <= cfg.shard < cfg.shards:
         raise ValueError(f"shard={cfg.shard} of shards={cfg.shards}: pass 0 to {cfg.shards - 1}")
     for name, length in cfg.steps.items():
-        if not (1 <= length.least <= length.most and length.passes >= 0):
+        if not (1 <= length.least <= length.most and 0 <= length.passes < math.inf):
             raise ValueError(f"steps.{name}={dict(length)}: pass 1 <= least <= most, and passes of at least 0")
     if not cfg.scratch_times >= 1:
         raise ValueError(f"scratch_times={cfg.scratch_times}: pass at least 1, as many steps as both phases together")
@@ -349,7 +386,11 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: CellFolder) -> Iterat
 
 def lengths_of(cfg: DictConfig) -> dict[str, Length | Both]:
     """How long every protocol trains: from scratch, and SimCLRv2's, as long as both phases of CPC's fine-tuning."""
-    phases = {name: Length(int(each.least), each.passes, int(each.most)) for name, each in cfg.steps.items()}
+    phases = {
+        # 10, not 10.0: cells that are there say how they were made as the command line has it
+        name: Length(each.least, int(each.passes) if each.passes.is_integer() else each.passes, each.most)
+        for name, each in cfg.steps.items()
+    }
     both = Both(tuple(phases.values()), cfg.scratch_times)
     return {**phases, "scratch": both, "head": Both(tuple(phases.values()), 1.0)}
 
@@ -357,9 +398,11 @@ def lengths_of(cfg: DictConfig) -> dict[str, Length | Both]:
 def bench_of(cfg: DictConfig) -> Bench:
     """What the configuration describes, images read."""
     accelerator = start_accelerator(precision=cfg.precision, device=cfg.device, threads=cfg.threads)
-    splits = usable(labelled(build(cfg.data)), cfg.bad_images, cfg.workers)
-    labels, ids = splits.train.labels, sample_ids(splits.train)
-    seeds = {"seeds": cfg.seeds, "few": cfg.few, "seeds_above": cfg.seeds_above}
+    splits = labelled(build(cfg.data))
+    check_classes(splits)
+    choices = choices_of(cfg, splits)
+    assert splits.test is not None
+    test = decodable(splits.test, BadImages(cfg.bad_images), cfg.workers)
     written = plain(cfg)
     plan = Plan(
         views=build(cfg.views),
@@ -369,9 +412,19 @@ def bench_of(cfg: DictConfig) -> Bench:
         **{name: written[name] for name in ("head_layer", "mode", "readout", "seed", "workers", "precision")},
         described={name: written[name] for name in ("views", "cnn")},
     )
-    listed = {LabelList(file): labels_listed(splits.train, file) for file in cfg.label_lists}
-    choices = with_lists(choices_of(amounts_of(cfg), labels, ids, **seeds), listed, labels, ids)
-    return Bench(plan, splits, choices, accelerator)
+    return Bench(plan, Splits(splits.train, test), choices, accelerator)
+
+
+def choices_of(cfg: DictConfig, splits: Splits) -> Choices:
+    """Which labels of the training images every cell learns from; mistakes are told before any image is decoded."""
+    train, ids = splits.train, sample_ids(splits.train)
+    seeds = {"seeds": cfg.seeds, "few": cfg.few, "seeds_above": cfg.seeds_above}
+    listed = {LabelList(file): labels_listed(train, file) for file in cfg.label_lists}
+
+    def choose(labels: Tensor) -> Choices:
+        return listed_choices(listed, labels, ids) if listed else drawn_choices(amounts_of(cfg), labels, ids, **seeds)
+
+    return decodable_choices(choose, train, BadImages(cfg.bad_images), cfg.workers)
 
 
 def sweep(cfg: DictConfig) -> Path:

@@ -398,6 +398,16 @@ def test_the_only_row_of_a_class_is_in_every_fit_and_keeps_no_other_class_from_c
     assert folds_of(np.array([0, 1, 2]), 5, 0) == []
 
 
+def test_more_classes_than_a_fifth_of_the_rows_to_choose_by_has_rows():
+    """iNaturalist's 8,142 classes with two labels each, and fewer of more."""
+    labels = np.arange(8_142).repeat(2)
+    ((fit, held),) = folds_of(labels, 5, 0)
+    assert sorted(labels[fit]) == sorted(labels[held]) == list(range(8_142))
+    ((fit, held),) = folds_of(np.arange(2_500).repeat(10), 5, 0)
+    assert len(held) == 5_000
+    assert np.bincount(np.arange(2_500).repeat(10)[held]).tolist() == [2] * 2_500
+
+
 @pytest.mark.parametrize("classifier", [linear_probe, svm_probe, ridge_probe])
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,10 +15,12 @@ from contrastive_core.data import (
     label_fraction,
     labels_listed,
     labels_per_class,
+    names_listed,
     only_labelled,
     sample_ids,
     split_digest,
 )
+from contrastive_core.data.shards import TarImages
 
 
 def random_labels(count=600, classes=5, seed=0):
@@ -332,11 +335,36 @@ def test_a_list_of_file_names(text, tmp_path):
         ("1.JPEG\n5.JPEG", "0 labelled images are called 5.JPEG"),
         ("4.JPEG", "0 labelled images are called 4.JPEG"),
         ("1.JPEG\n1.JPEG", "1.JPEG stands there 2 times"),
+        ("1.JPEG\nb/1.JPEG", "1.JPEG stands there 2 times"),
+        ("1", "0 labelled images are called 1:"),
     ],
 )
 def test_lists_of_other_names_are_refused(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         listed(tmp_path, text)
+
+
+def test_lists_as_other_systems_write_them(tmp_path):
+    file = tmp_path / "list.txt"
+    for content in (b"\xef\xbb\xbf3.JPEG\r\n1.JPEG", b"3.JPEG\n\x0c1.JPEG\n"):
+        file.write_bytes(content)
+        assert names_listed(file) == ["3.JPEG", "1.JPEG"]
+    file.write_bytes(b"caf\xe9.JPEG")
+    with pytest.raises(ValueError, match=r"list\.txt is no text in UTF-8: pass a list of this data set's file names"):
+        names_listed(file)
+
+
+def test_images_in_tar_shards_are_known_by_their_keys(tmp_path):
+    """Whose names end at the first dot (the webdataset package)."""
+    keys = np.array(["n01/n01_1", "n01_2", "n02/n02_1"])
+    source = TarImages(["a.tar"], np.zeros(3, int), np.zeros(3, int), np.ones(3, int), keys)
+    dataset = ImageDataset(source, size=4, labels=[0, 0, 1])
+    file = tmp_path / "list.txt"
+    file.write_text("n02_1.JPEG\nn01/n01_2.JPEG\n")
+    assert labels_listed(dataset, file).tolist() == [1, 2]
+    file.write_text("n02_1.JPEG\nn02_1.png\n")
+    with pytest.raises(ValueError, match="n02_1 stands there twice"):
+        labels_listed(dataset, file)
 
 
 def test_a_name_that_two_images_have_and_a_missing_list(tmp_path):

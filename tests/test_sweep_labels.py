@@ -19,9 +19,12 @@ from small_digits import small_digits
 import cpc.label_costs
 import cpc.sweep_labels
 from contrastive_core.data import (
+    BadImages,
     ImageDataset,
     LabelAmount,
+    LabelList,
     Splits,
+    TooManyBadImages,
     labels_per_class,
     mnist5k,
     parquet,
@@ -33,7 +36,8 @@ from cpc import label_protocols, label_recipes
 from cpc.configs import config_folder
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete
-from cpc.label_bench import Arm, Cell, choices_of, run_fingerprint, usable
+from cpc.label_bench import Arm, Cell, run_fingerprint
+from cpc.label_choices import check_classes, decodable_choices, drawn_choices, listed_choices
 from cpc.label_costs import duration, planned_seconds
 from cpc.label_protocols import Length, linear, nearest
 from cpc.label_recipes import DEPENDS, RECIPES, asked_of, networks_from_scratch, protocol_of, protocols_of
@@ -462,7 +466,7 @@ def test_the_report_says_how_long_networks_from_scratch_were_trained(configured,
 def test_the_report_says_where_steps_were_cut_short(configured, tmp_path):
     """Of batches of 10 five passes over 40 labels are 20 steps, over 20 labels 10."""
     cfg = configured("labels=[20,40]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]")
-    cfg.steps.finetune = {"least": 1, "passes": 5, "most": 10}
+    cfg.steps.finetune.passes, cfg.steps.finetune.most = 5, 10
     sweep(cfg)
     said = "from 40 labels on the curve may be too low, and what is saved too large: steps.*.most cuts networks from"
     assert said in (tmp_path / "out/report.md").read_text()
@@ -913,7 +917,7 @@ def test_fewer_seeds_above_a_tenth_and_choices_that_are_nested():
     labels = torch.arange(10).repeat(40)
     ids = torch.randperm(400, generator=torch.Generator().manual_seed(0))
     amounts = [LabelAmount("labels", 20), LabelAmount("fraction", 0.1), LabelAmount("fraction", 0.5)]
-    choices = choices_of(amounts, labels, ids, seeds=3, few=0.1, seeds_above=1)
+    choices = drawn_choices(amounts, labels, ids, seeds=3, few=0.1, seeds_above=1)
     assert [(str(amount), seed) for amount, seed in choices] == [
         ("labels=20", 0), ("labels=20", 1), ("labels=20", 2), ("fraction=0.1", 0), ("fraction=0.1", 1),
         ("fraction=0.1", 2), ("fraction=0.5", 0),
@@ -922,66 +926,131 @@ def test_fewer_seeds_above_a_tenth_and_choices_that_are_nested():
     assert sets[amounts[0], 0] < sets[amounts[1], 0] < sets[amounts[2], 0]
 
 
-def listed(folder, made, *places, name="few.txt"):
+def listed(folder, made, places, name="few.txt"):
     """A file in a folder of its own with the names of these training images."""
     folder.mkdir(exist_ok=True)
     file = folder / name
-    file.write_text("".join(f"somewhere/{made.splits.train.name(place)}\n" for place in places))
+    file.write_text("".join(f"somewhere/{made.splits.train.name(int(place))}\n" for place in places))
     return file
 
 
-def test_labels_that_a_list_names_are_one_choice_beside_the_others(configured, bench, tmp_path):
+QUICK_LISTS = ["scratch=[logistic,cnn]", "protocols=[linear,classifier]", "random=[]"]
+
+
+def test_lists_of_as_many_labels_are_several_choices_of_that_number(configured, bench, tmp_path):
     images = bench("labels=[20]")
-    without_threes = (images.labels != 3).nonzero().flatten()[:33]
-    file = listed(tmp_path / "a", images, *without_threes.flip(0).tolist())
-    quick = ["scratch=[logistic,cnn]", "protocols=[linear,classifier]", "random=[]", "seeds=2"]
-    folder = sweep(configured("labels=[20]", f"label_lists=[{file}]", *quick))
+    one, other, more = torch.arange(60), torch.arange(60) + 100, torch.arange(80)
+    files_of = [
+        listed(tmp_path / name, images, places, f"{name}.txt")
+        for name, places in (("a", one.flip(0)), ("b", other), ("c", more))
+    ]
+    folder = sweep(configured(f"label_lists=[{','.join(map(str, files_of))}]", *QUICK_LISTS))
     with (folder / "label_efficiency.csv").open() as rows:
-        cells = [row for row in csv.DictReader(rows) if row["amount"] == "label_list=few.txt"]
-    assert [(row["method"], row["protocol"], row["labels"], row["seed"]) for row in cells] == [
-        ("CPC", "classifier", "33", "0"), ("CPC", "linear", "33", "0"),
-        ("scratch", "cnn", "33", "0"), ("scratch", "logistic", "33", "0"),
-    ]  # fmt: skip
-    assert {row["split"] for row in cells} == {split_digest(images.ids, images.labels, without_threes)}
+        cells = list(csv.DictReader(rows))
+    assert {(row["amount"], row["labels"], row["seed"], row["split"]) for row in cells} == {
+        (f"label_list={name}.txt", str(len(places)), seed, split_digest(images.ids, images.labels, places))
+        for name, places, seed in (("a", one, "0"), ("b", other, "1"), ("c", more, "0"))
+    }
+    assert len(cells) == 12
+    assert {json.loads(file.read_text())["draws"] for file in (folder / "cells").rglob("*seed1.json")} == {2}
     before = files(folder)
-    sweep(configured(f"label_lists=[{file}]", *quick))
+    sweep(configured(f"label_lists=[{files_of[0]}]", *QUICK_LISTS))
     assert files(folder) == before
-    listed(tmp_path / "a", images, *(without_threes + 100).tolist())
-    with pytest.raises(ValueError, match=r"made with another choice of 33 labels: pass another out"):
-        sweep(configured(f"label_lists=[{file}]", *quick))
 
 
-def test_lists_that_cannot_stand_beside_what_is_asked_for(configured, bench, tmp_path):
+def test_another_list_of_the_same_name_is_another_choice(configured, bench, tmp_path):
     images = bench("labels=[20]")
-    twenty, three = listed(tmp_path / "a", images, *range(20)), listed(tmp_path / "b", images, 1, 2, 3)
-    empty = listed(tmp_path / "c", images, name="empty.txt")
-    with pytest.raises(ValueError, match=r"label_list=few\.txt and labels=20 are 20 labels both: leave one"):
-        bench("labels=[20]", f"label_lists=[{twenty}]")
+    asked = [f"label_lists=[{listed(tmp_path / 'a', images, range(60))}]", "scratch=[logistic]", *QUICK_LISTS[1:]]
+    sweep(configured(*asked))
+    for places in (range(100, 160), range(61), range(100, 170)):
+        listed(tmp_path / "a", images, places)
+        with pytest.raises(ValueError, match="made with another choice of 60 labels: pass another out"):
+            sweep(configured(*asked))
+    with pytest.raises(ValueError, match="lists of labels and draws make no common curve, pass another out"):
+        sweep(configured("labels=[20]", *asked[1:]))
+
+
+def test_lists_that_cannot_be_used(configured, bench, tmp_path):
+    images = bench("labels=[20]")
+    without_threes = listed(tmp_path / "a", images, (images.labels != 3).nonzero().flatten()[:60])
+    of_all = listed(tmp_path / "b", images, range(60))
+    empty = listed(tmp_path / "c", images, [], "empty.txt")
+    with pytest.raises(ValueError, match=r"label_list=few\.txt has no image of class 3: pass lists that have all"):
+        bench(f"label_lists=[{without_threes}]")
     with pytest.raises(ValueError, match=r"label_list=few\.txt twice: give each list a file name of its own"):
-        bench(f"label_lists=[{twenty},{three}]")
-    with pytest.raises(ValueError, match=r"empty\.txt: no name: pass a list of this data set's file names"):
-        check_asked(configured(f"label_lists=[{empty}]"))
-    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere: pass a list of image file names, one a line"):
-        check_asked(configured(f"label_lists=[{tmp_path / 'nowhere'}]"))
+        bench(f"label_lists=[{of_all},{listed(tmp_path / 'd', images, range(70))}]")
+    for lists, words in (
+        (["labels=[20]", f"label_lists=[{of_all}]"], "lists and draws make no common curve"),
+        ([f"label_lists=[{empty}]"], r"empty\.txt: no name: pass a list of this data set's file names"),
+        ([f"label_lists=[{tmp_path / 'none'}]"], "no file .*none: pass a list of image file names, one a line"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            check_asked(configured(*lists))
 
 
 def test_a_class_without_a_training_image_is_named():
     images = torch.zeros(6, 8, 8, 3, dtype=torch.uint8).numpy()
     train = ImageDataset(images, size=8, labels=[0, 0, 2, 2, 0, 2])
     with pytest.raises(ValueError, match="no training image has a label of class 1"):
-        usable(Splits(train, train), 0.01, 0)
+        check_classes(Splits(train, train))
     fewer = ImageDataset(images, size=8, labels=[0, 0, 1, 1, 0, 1])
     with pytest.raises(ValueError, match="test images have classes up to 2, there are 2 to learn"):
-        usable(Splits(fewer, train), 0.01, 0)
+        check_classes(Splits(fewer, train))
 
 
-def test_what_cannot_be_decoded_is_left_out_of_both_parts():
-    images = [b"no image" if i == 3 else torch.full((8, 8, 3), i, dtype=torch.uint8).numpy() for i in range(8)]
-    train, test = (ImageDataset(images, size=8, labels=[i % 2 for i in range(8)]) for _ in range(2))
-    for part in (train, test.cached()):
-        good = usable(Splits(part, part), 1.0, 0)
-        assert good.train.labels.tolist() == [0, 1, 0, 0, 1, 0, 1]
-        assert len(sample_ids(good.train).unique()) == 7
+def broken(*places, count=40):
+    """So many images of two classes, those at these places no images."""
+    images = [b"no" if i in places else torch.full((8, 8, 3), i, dtype=torch.uint8).numpy() for i in range(count)]
+    return ImageDataset(images, size=8, labels=[i % 2 for i in range(count)])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_cannot_be_decoded_is_chosen_by_nobody(cached):
+    train = broken(*range(4, 20))
+    train, ids = train.cached() if cached else train, sample_ids(train)
+    good = torch.tensor([*range(4), *range(20, 40)])
+
+    def draw(labels, ids):
+        amounts = [LabelAmount("labels", 6), LabelAmount("labels_per_class", 12)]
+        return drawn_choices(amounts, labels, ids, seeds=2, few=0.2, seeds_above=1)
+
+    choices = decodable_choices(lambda labels: draw(labels, ids), train, BadImages(1.0), 0)
+    expected = draw(train.labels[good], ids[good])  # as if there had never been any others
+    assert {key: choice.digest for key, choice in choices.items()} == {
+        key: choice.digest for key, choice in expected.items()
+    }
+    with pytest.raises(TooManyBadImages):
+        decodable_choices(lambda labels: draw(labels, ids), train, BadImages(0.1, grace=1), 0)
+
+
+def test_only_images_that_are_chosen_are_decoded(monkeypatch):
+    train, looked_at = broken(), []
+    ids = sample_ids(train)
+    whole = ImageDataset.decode
+    monkeypatch.setattr(ImageDataset, "decode", lambda self, i: looked_at.append(self.name(i)) or whole(self, i))
+
+    def draw(labels):
+        return drawn_choices([LabelAmount("labels", 4)], labels, ids, seeds=1, few=1.0, seeds_above=1)
+
+    decodable_choices(draw, train, BadImages(0.0), 0)
+    assert len(looked_at) == 4
+
+
+def test_a_list_goes_without_what_cannot_be_decoded_and_a_class_cannot():
+    train = broken(3)
+    ids = sample_ids(train)
+    named = {LabelList("a.txt"): torch.arange(10)}
+    choices = decodable_choices(lambda labels: listed_choices(named, labels, ids), train, BadImages(1.0), 0)
+    assert choices[LabelList("a.txt"), 0].indices.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    none_left = broken(*range(1, 40, 2))
+    amounts = [LabelAmount("labels", 4)]
+    with pytest.raises(ValueError, match="no training image of class 1 can be decoded: mend the data or leave it out"):
+        decodable_choices(
+            lambda labels: drawn_choices(amounts, labels, ids, seeds=1, few=1.0, seeds_above=1),
+            none_left,
+            BadImages(1.0),
+            0,
+        )
 
 
 def test_a_plan_is_told_in_time_for_every_cell(configured):
@@ -1043,6 +1112,18 @@ def test_a_plan_waits_for_one_copy_of_an_image_and_counts_all(bench, runs, monke
         assert cpc.label_costs.seconds_of_copies(protocol) == 2  # a tick for one
         cpc.label_costs.timings(cpc.label_costs.with_little_to_encode(protocol, None), chosen)
     assert encoded == [1, 1, 1, 1]
+
+
+def test_a_plan_fits_a_probe_once(bench, runs, monkeypatch):
+    """A support vector machine of ten thousand rows takes minutes."""
+    made, fitted = bench("labels=[20]", "seeds=1"), []
+    protocol = protocol_of(
+        made, Arm("scratch", "svm", str(runs[0])), made.choices[LabelAmount("labels", 20), 0].indices
+    )
+    probe = protocol.probe
+    monkeypatch.setattr(protocol, "probe", lambda *asked: fitted.append(1) or probe(*asked))
+    cpc.label_costs.timings(protocol, made.choices[LabelAmount("labels", 20), 0].indices)
+    assert fitted == [1]
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (90, "90 s"), (600, "10 min"), (7200, "2.0 h")])

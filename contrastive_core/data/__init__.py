@@ -6,6 +6,7 @@ imported from its own module). `fractions` chooses the few labels of many, `iden
 """
 
 from contrastive_core.data.fractions import (
+    LISTED,
     LabelAmount,
     LabelList,
     label_fraction,
@@ -24,6 +25,7 @@ from contrastive_core.data.loading import (
     batch_indices,
     check_shares,
     decodable,
+    decodable_rows,
     evaluation_batches,
     sample_order,
     training_batches,
@@ -32,6 +34,7 @@ from contrastive_core.data.shards import webdataset
 from contrastive_core.data.sources import Splits, imagefolder, mnist5k, parquet, torchvision_dataset
 
 __all__ = [
+    "LISTED",
     "BadImages",
     "ImageDataset",
     "LabelAmount",
@@ -46,6 +49,7 @@ __all__ = [
     "check_shares",
     "dataset_digest",
     "decodable",
+    "decodable_rows",
     "evaluation_batches",
     "huggingface",
     "imagefolder",

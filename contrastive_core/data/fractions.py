@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from contrastive_core.data.images import ImageDataset
 from contrastive_core.randomness import Randomness
+
+LISTED = "label_list"
+"""What the labels of a list are called, as "fraction" and "labels" are those that were drawn."""
 
 _A_LIST = "pass a list of this data set's file names, one a line"
 
@@ -112,15 +116,15 @@ class LabelList(NamedTuple):
     file: str
 
     def __str__(self) -> str:
-        return f"label_list={Path(self.file).name}"
+        return f"{LISTED}={Path(self.file).name}"
 
 
 def labels_listed(dataset: ImageDataset, file: str | Path) -> Tensor:
     """The images that a text file names, a file name a line: sorted indices, int64.
 
     For the lists of SimCLR's semi-supervised runs (google-research/simclr, `1percent.txt` and `10percent.txt` of
-    ImageNet's file names). Images are known by the last part of their name, blank lines are skipped. Which classes the
-    list holds is its own affair.
+    ImageNet's file names). Images are known by the last part of their name, those in tar shards by that without a
+    suffix; blank lines are skipped. Which classes the list holds is its own affair.
 
     Raises FileNotFoundError for a missing file; ValueError for a list of nothing, a name that no labelled image or more
     than one has, or that stands there twice.
@@ -130,12 +134,14 @@ def labels_listed(dataset: ImageDataset, file: str | Path) -> Tensor:
     wanted = names_listed(file)
     places: dict[str, list[int]] = {}
     for index in (dataset.labels >= 0).nonzero().flatten().tolist():
-        places.setdefault(Path(dataset.name(index)).name, []).append(index)
-    found = {name: len(places.get(name, [])) for name in wanted}
-    wrong = [f"{count} labelled images are called {name}" for name, count in found.items() if count != 1]
+        places.setdefault(dataset.file_name(index), []).append(index)
+    found = {name: places.get(name) or places.get(name.partition(".")[0], []) for name in wanted}
+    wrong = [f"{len(those)} labelled images are called {name}" for name, those in found.items() if len(those) != 1]
+    indices = sorted(those[0] for those in found.values() if those)
+    wrong += [f"{dataset.file_name(one)} stands there twice" for one, next_ in pairwise(indices) if one == next_]
     if wrong:
         raise ValueError(f"{file}: {wrong[0]}: {_A_LIST}")
-    return torch.tensor(sorted(places[name][0] for name in wanted), dtype=torch.int64)
+    return torch.tensor(indices, dtype=torch.int64)
 
 
 def names_listed(file: str | Path) -> list[str]:
@@ -147,8 +153,11 @@ def names_listed(file: str | Path) -> list[str]:
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"no file {file}: pass a list of image file names, one a line")
-    lines = (line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines())
-    names = [line.rpartition("/")[2] for line in lines if line]
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {_A_LIST}") from error
+    names = [line.strip().rpartition("/")[2] for line in text.split("\n") if line.strip()]
     twice = [f"{name} stands there {count} times" for name, count in Counter(names).items() if count > 1]
     if twice or not names:
         raise ValueError(f"{file}: {twice[0] if twice else 'no name'}: {_A_LIST}")

@@ -48,6 +48,10 @@ class Stored(Sequence[Encoded]):
         """What a person would call the image."""
         raise NotImplementedError
 
+    def file_name(self, index: int) -> str:
+        """The last part of its file's name, as lists of images have it; of a tar's without its suffix."""
+        return Path(self.name(index)).name
+
     def identity(self, index: int) -> bytes:
         """What `contrastive_core.data.identity` tells the image from others by."""
         raise NotImplementedError
@@ -226,6 +230,12 @@ class ImageDataset(Dataset[Sample]):
             return self.source.name(index)
         item = self.source[index]
         return str(item) if isinstance(item, str | Path) else f"image {index}"
+
+    def file_name(self, index: int) -> str:
+        """The last part of that, as lists of images have it; of an image in a tar without its suffix."""
+        if self.names is None and isinstance(self.source, Stored):
+            return self.source.file_name(index)
+        return Path(self.name(index)).name
 
     def decode(self, index: int) -> Tensor:
         """The image at `index`, `3 size size` uint8, or UndecodableImage with its name and the reason."""

@@ -165,12 +165,14 @@ def _steps(batches: Iterator[LoadedBatch], places: list[Tensor]) -> Iterator[lis
             step = []
 
 
-def evaluation_batches(dataset: ImageDataset, *, batch_size: int, workers: int = 0) -> Iterator[LoadedBatch]:
-    """Every image once, in order; those that cannot be decoded are left out and named in `faults`.
+def evaluation_batches(
+    dataset: ImageDataset, *, batch_size: int, workers: int = 0, at: Tensor | None = None
+) -> Iterator[LoadedBatch]:
+    """Every image once, or those `at` `m` int64, in order; what cannot be decoded is left out and named in `faults`.
 
     `places` equals `indices`. A batch may be smaller than `batch_size`, and empty.
     """
-    order = torch.arange(len(dataset)).split(batch_size)
+    order = (torch.arange(len(dataset)) if at is None else at).split(batch_size)
     for wanted, batch in zip(order, _load(dataset, iter(order), workers), strict=True):
         decodable = batch.indices == wanted  # a stand-in has another index: its image has its own turn
         indices = batch.indices[decodable]
@@ -311,19 +313,28 @@ class BadImages:
 
 
 def decodable(dataset: ImageDataset, bad_images: BadImages, workers: int) -> ImageDataset:
-    """The data set without the images that cannot be decoded; one that is not cached is decoded once to see.
-
-    Raises TooManyBadImages above the accepted share.
+    """The data set without the images that cannot be decoded (`decodable_rows`).
 
     Example: where all can be decoded, the same data set.
     """
-    if dataset.pixels is not None:
-        bad_images.count(list(dataset.faults.values()), seen=len(dataset))
-        good = torch.tensor([index for index in range(len(dataset)) if index not in dataset.faults], dtype=torch.int64)
-    else:
-        parts = []
-        for batch in evaluation_batches(dataset, batch_size=256, workers=workers):
-            bad_images.count(batch.faults, seen=len(batch.labels) + len(batch.faults))
-            parts.append(batch.indices)
-        good = torch.cat(parts)
+    good = decodable_rows(dataset, bad_images, workers)
     return dataset if len(good) == len(dataset) else dataset.subset(good)
+
+
+def decodable_rows(dataset: ImageDataset, bad_images: BadImages, workers: int, at: Tensor | None = None) -> Tensor:
+    """The images that can be decoded, of all or of those `at` `m` int64: indices. What is not cached is decoded to see.
+
+    Raises TooManyBadImages above the accepted share.
+
+    Example: of three images of which the second is broken, [0, 2]; of those at [1, 2], [2].
+    """
+    at = torch.arange(len(dataset)) if at is None else at
+    if dataset.pixels is not None:
+        faults = [dataset.faults.get(index, "") for index in at.tolist()]
+        bad_images.count([fault for fault in faults if fault], seen=len(at))
+        return at[torch.tensor([not fault for fault in faults], dtype=torch.bool)]
+    parts = []
+    for batch in evaluation_batches(dataset, batch_size=256, workers=workers, at=at):
+        bad_images.count(batch.faults, seen=len(batch.labels) + len(batch.faults))
+        parts.append(batch.indices)
+    return torch.cat(parts)

@@ -97,6 +97,10 @@ class TarImages(Stored):
         """The shard's path and the sample's key."""
         return f"{self.files[int(self.shard[index])]} {self.keys[index]}"
 
+    def file_name(self, index: int) -> str:
+        """The last part of the key."""
+        return str(self.keys[index]).rpartition("/")[2]
+
     def identity(self, index: int) -> bytes:
         """The last two parts of the key, as of a file's path: a million images are not read to draw a split."""
         return "/".join(str(self.keys[index]).split("/")[-2:]).encode(errors="surrogateescape")

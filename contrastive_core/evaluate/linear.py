@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,7 +158,7 @@ def folds_of(labels: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray
     """(rows to fit, rows held out) of each stratified fold; empty where fewer than two classes have several rows.
 
     The only row of a class is in every fit and never held out. From HELD_OUT_FROM rows on there is one such pair, of at
-    most MOST_ROWS_TO_CHOOSE rows, a fifth held out.
+    most MOST_ROWS_TO_CHOOSE rows, a fifth held out; where that is less than a row a class, the first fold of all rows.
     """
     from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 
@@ -168,10 +169,11 @@ def folds_of(labels: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray
         return []
     rows = np.zeros(len(several))  # scikit-learn wants features, and looks at their number only
     classes = labels[several]
-    if len(several) < HELD_OUT_FROM:
-        parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(rows, classes)
+    most = min(len(several), MOST_ROWS_TO_CHOOSE)
+    if len(several) < HELD_OUT_FROM or most // 5 < (counts > 1).sum():
+        split = StratifiedKFold(folds, shuffle=True, random_state=seed).split(rows, classes)
+        parts = islice(split, folds if len(several) < HELD_OUT_FROM else 1)
     else:
-        most = min(len(several), MOST_ROWS_TO_CHOOSE)
         split = StratifiedShuffleSplit(1, train_size=most - most // 5, test_size=most // 5, random_state=seed)
         parts = split.split(rows, classes)
     return [(np.concatenate([several[fit], alone]), several[held]) for fit, held in parts]
