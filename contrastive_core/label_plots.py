@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 COLOURS = (BLUE, RUST, "#1a7f5a", "#7b5aa6", "#b8860b", "#444444")
 
 
+ROWS_OF_WORDS = 5
+"""Places for what an arrow says, above it and below: many arrows may lie close together."""
+
+
 class Curve(NamedTuple):
     """A line: `points` are accuracies in 0..1, one a choice of labels, by number of labels."""
 
@@ -103,9 +107,10 @@ def _arrow(axes: Axes, arrow: SavingArrow, colour: str) -> None:
 
 
 def _say(axes: Axes, arrow: SavingArrow, colour: str, taken: list[Bbox]) -> None:
-    """The saving above or below its arrow, where none of `taken` lies, to which its place is added."""
-    sides = (3, -10) if arrow.curve % 2 == 0 else (-10, 3)  # two curves that lie close have theirs on either side
-    for share, above in itertools.product((0.5, 0.3, 0.7), sides):
+    """The saving above or below its arrow, as near as none of `taken` lies, to which its place is added."""
+    sides = (1, -1) if arrow.curve % 2 == 0 else (-1, 1)  # two curves that lie close have theirs on either side
+    for away, share, side in itertools.product(range(ROWS_OF_WORDS), (0.5, 0.3, 0.7), sides):
+        above = 3 + 10 * away if side > 0 else -10 - 10 * away
         words = axes.annotate(
             f"{arrow.saving}x",
             (arrow.labels * arrow.saving.bound**share, 100 * arrow.accuracy),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,19 @@ def test_no_saving_covers_another_or_an_arrow():
         taken.append(place)
 
 
+def test_what_many_short_arrows_say_lies_apart():
+    """Five arms within three points, on an axis of two decades."""
+    wide = Curve("far", {10: [0.2], 1000: [0.9]})
+    short = [SavingArrow(10, 0.5 + place / 150, Saving(1.9, 1.9), place) for place in range(5)]
+    axes = axes_of(wide, *(Curve(f"arm {place}", {10: [0.5 + place / 150]}) for place in range(4)), arrows=short)
+    places = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert len(places) == 5
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
+
+
 def test_a_saving_that_finds_no_room_is_said_all_the_same():
-    axes = axes_of(SCRATCH, FROZEN, arrows=9 * [SavingArrow(10, 0.5, Saving(10.0, 10.0), 1)])
-    assert said(axes) == 9 * ["10.0x"]
+    axes = axes_of(SCRATCH, FROZEN, arrows=40 * [SavingArrow(10, 0.5, Saving(10.0, 10.0), 1)])
+    assert said(axes) == 40 * ["10.0x"]
 
 
 def test_more_curves_than_colours():
