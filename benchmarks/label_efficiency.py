@@ -56,7 +56,9 @@ ONE_THREAD = ["threads=1", "probe_every=0", "save_every=5000", "resume=auto"]
 CPC_RUN = ["tools/pretrain_cpc.py", *ONE_THREAD]
 SIMCLR_RUN = ["tools/pretrain.py", "method=simclr", *ONE_THREAD]
 CALTECH = ["data=parquet", "image_size=96"]
+CIFAR10_CPC = [*CPC_RUN, "experiment=cifar10_cpc", "steps=16000"]
 SMALL_TRUNK = ["encoder=resnet_small", "encoder.width=64", "encoder.stem_stride=2", "batch_size=256", "precision=bf16"]
+CIFAR10_SIMCLR = [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "load_size=32", "image_size=32", "steps=3800"]
 
 ONE_SETTING = [
     *["settings.linear=[{cells: 2}]", "settings.classifier=[{lr: 0.1, weight_decay: 1.0e-3}]"],
@@ -87,8 +89,10 @@ STUDIES = {
     ),
     "cifar10": Study(
         runs={
-            "cpc": [*CPC_RUN, "experiment=cifar10_cpc", "steps=16000"],
-            "simclr": [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "load_size=32", "image_size=32", "steps=3800"],
+            "cpc": CIFAR10_CPC,
+            "simclr": CIFAR10_SIMCLR,
+            "cpc-1": [*CIFAR10_CPC, "seed=1"],
+            "simclr-1": [*CIFAR10_SIMCLR, "seed=1"],
         },
         # at least three augmented copies of every label for the classifier, with 5,000 of them
         sweep=["readout=context", "precision=bf16", "steps.finetune.most=2000", "scratch_times=10", "encodings=16384"],
@@ -100,6 +104,8 @@ STUDIES = {
             ["fractions=[0.01]", "scratch=[image]", "protocols=[finetune]", "random=[]"],
             ["fractions=[0.1]", "scratch=[cnn]", "protocols=[]", "random=[]"],
             ["fractions=[0.01]", "scratch=[patches]", "protocols=[]", "random=[]"],
+            ["fractions=[0.2,0.5,1]", "scratch=[cnn]", "protocols=[linear,classifier]", "random=[]"],
+            ["fractions=[0.1,1]", "scratch=[]", "protocols=[finetune]", "random=[]"],
         ],
     ),
     # A thread sees 43 and 26 images a second: forty minutes of two cores each. Everyone has one setting, fixed before:

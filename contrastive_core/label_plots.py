@@ -121,7 +121,7 @@ def _say(axes: Axes, arrow: SavingArrow, colour: str, taken: list[Bbox]) -> None
             color=colour,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},  # a curve may pass behind it
         )
-        place = words.get_window_extent()
+        place = words.get_window_extent().padded(2)
         if not any(place.overlaps(other) for other in taken):
             break
         words.remove()
