@@ -315,6 +315,8 @@ class BadImages:
 def decodable(dataset: ImageDataset, bad_images: BadImages, workers: int) -> ImageDataset:
     """The data set without the images that cannot be decoded (`decodable_rows`).
 
+    Raises TooManyBadImages above the accepted share.
+
     Example: where all can be decoded, the same data set.
     """
     good = decodable_rows(dataset, bad_images, workers)
