@@ -4,22 +4,20 @@ A grid of label counts, choices of labels, first weights and protocols, against 
 that start from nothing. Every cell is a file: the same command goes on where it was, on one machine or on many
 (`-m shard=0,1 shards=2 hydra/launcher=joblib`), and draws the curve while it grows.
 
-This is an entry point. What there is to learn by, name by name, is in `cpc.label_recipes`, how it learns in
-`cpc.label_protocols`, and from which labels in `cpc.label_choices`; what cells share in `cpc.label_bench`, their files
-in `cpc.label_cells`; what they come to, in `cpc.label_curves` and `cpc.label_report`, and what their reader has to know
-in `cpc.label_notes`.
+This is an entry point, and what it may be told is in `cpc.sweep_schema`. Which arms runs make is in `cpc.label_arms`;
+what there is to learn by, name by name, in `cpc.label_recipes`, how it learns in `cpc.label_protocols`, and from which
+labels in `cpc.label_choices`; what cells share in `cpc.label_bench`, their files in `cpc.label_cells`; what they come
+to, in `cpc.label_curves` and `cpc.label_report`, and what their reader has to know in `cpc.label_notes`.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,17 +25,15 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from contrastive_core.data import (
     BadImages,
-    LabelAmount,
     LabelList,
     Splits,
     decodable,
     labels_listed,
-    names_listed,
     sample_ids,
 )
 from contrastive_core.encoders import small_cnn_for
@@ -46,9 +42,9 @@ from cpc.entry import Incomplete, build, check_complete, command, start_accelera
 from cpc.evaluate import labelled
 from cpc.finetune import run_crop_and_flip
 from cpc.foreign import run_config, run_data
-from cpc.frozen_encoder import MODES
-from cpc.label_bench import Arm, Bench, Cell, Plan, run_fingerprint
-from cpc.label_cells import CellFolder, check_trials
+from cpc.label_arms import arms_of, grouped_runs, has_patches, other_networks
+from cpc.label_bench import Bench, Cell, Plan
+from cpc.label_cells import CellFolder
 from cpc.label_choices import Choices, check_classes, decodable_choices, drawn_choices, listed_choices
 from cpc.label_costs import duration, planned_seconds
 from cpc.label_curves import SCRATCH
@@ -60,250 +56,18 @@ from cpc.label_notes import (
     with_what_other_commands_knew,
 )
 from cpc.label_protocols import Both, Length
-from cpc.label_recipes import RECIPES, protocols_of, run_cell
+from cpc.label_recipes import run_cell
 from cpc.label_report import write_failures, write_report
 from cpc.run import plain
-from cpc.run_folder import MAY_CHANGE, check_no_file, differing_keys
+from cpc.run_folder import check_no_file
 from cpc.seen_images import seen_among
-
-LEAST = {"lr": 0, "weight_decay": 0, "encoder_lr": 0, "neighbours": 1, "cells": 1}
-"""The least that a setting may say."""
-
-LEARNED_FROM_LABELS = ("Classifier", "Distill")
+from cpc.sweep_schema import SweepSchema, amounts_of, check_asked
 
 REPORT_EVERY = 120
 """Seconds between two drawings of the curve while it grows, or ten times what one takes: thousands of resamples."""
 
 
-@dataclass
-class LengthSchema:
-    """Types of the keys below each of `steps`."""
-
-    least: int
-    passes: float
-    most: int
-
-
-@dataclass
-class StepsSchema:
-    """Types of the keys below `steps`."""
-
-    classifier: LengthSchema
-    finetune: LengthSchema
-
-
-@dataclass
-class SweepSchema:
-    """Types of the top-level keys of configs/sweep_labels.yaml."""
-
-    runs: list[str]
-    out: str
-    fractions: list[float]
-    labels: list[int]
-    labels_per_class: list[int]
-    label_lists: list[str]
-    seeds: int
-    few: float
-    seeds_above: int
-    protocols: list[str]
-    random: list[str]
-    scratch: list[str]
-    mode: str | None
-    readout: str
-    steps: StepsSchema
-    scratch_times: float
-    batch_size: int
-    encodings: int
-    head_layer: int
-    classifier: dict[str, Any]
-    cnn: Any
-    settings: dict[str, Any]
-    shard: int
-    shards: int
-    seed: int
-    bad_images: float
-    workers: int
-    precision: str
-    device: str | None
-    threads: int | None
-    load_size: int | None
-    image_size: int | None
-    mean: list[float]
-    std: list[float]
-    augmentation: dict[str, Any]
-    data: Any = None
-    views: Any = None
-
-
-# ---- what is asked for ----
-
-
-def check_asked(cfg: DictConfig) -> None:
-    """Raise ValueError that names the first key whose value cannot be meant, before anything is read."""
-    _check_arms(cfg)
-    _check_numbers(cfg)
-    _check_choices(cfg)
-    asked = [RECIPES[name] for name in (*cfg.protocols, *cfg.random, *cfg.scratch)]
-    for name, keys in {recipe.settings: recipe.in_a_setting for recipe in asked if recipe.settings}.items():
-        _check_settings(name, keys, cfg.settings.get(name))
-    named = [(SCRATCH, name) for name in cfg.scratch] + [("pre-trained", name) for name in cfg.protocols]
-    trained = [arm for arm in named if RECIPES[arm[1]].takes_steps]
-    check_trials({arm: len(cfg.settings[RECIPES[arm[1]].settings]) for arm in trained})
-
-
-def _check_arms(cfg: DictConfig) -> None:
-    for name, hint in {"runs": "[DIR,...], folders of finished runs", "out": "DIR, where the results go"}.items():
-        if OmegaConf.is_missing(cfg, name) or not cfg[name]:
-            raise ValueError(f"not given: {name}; pass {name}={hint}")
-    for name in ("protocols", "random", "scratch"):
-        unknown = [protocol for protocol in cfg[name] if protocol not in protocols_of(name)]
-        if unknown:
-            raise ValueError(f"{name}={unknown}: pass some of {', '.join(protocols_of(name))}")
-    if not (cfg.protocols or cfg.random or cfg.scratch):
-        raise ValueError("no arm asked for: pass protocols=, random= or scratch=, or leave them as they are")
-    if not amounts_of(cfg) and not cfg.label_lists:
-        raise ValueError(
-            "no labels asked for: pass fractions=[0.01,0.1], labels=[20,40], labels_per_class=[1,2] or "
-            "label_lists=[FILE]"
-        )
-    if amounts_of(cfg) and cfg.label_lists:
-        raise ValueError(
-            "label_lists beside fractions=, labels= or labels_per_class=: lists and draws make no common curve, pass "
-            "either, each with an out= of its own"
-        )
-    for file in cfg.label_lists:
-        names_listed(file)
-
-
-def _check_numbers(cfg: DictConfig) -> None:
-    least = dict.fromkeys(("seeds", "seeds_above", "batch_size", "encodings", "shards"), 1)
-    for name, number in (least | {"workers": 0, "head_layer": 0}).items():
-        if cfg[name] < number:
-            raise ValueError(f"{name}={cfg[name]}: pass at least {number}")
-    for name in ("few", "bad_images"):
-        if not 0 <= cfg[name] <= 1:
-            raise ValueError(f"{name}={cfg[name]}: pass a share from 0 to 1")
-    dropout = cfg.classifier.get("dropout")
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise ValueError(f"classifier.dropout={dropout}: pass a share from 0 to below 1")
-    with torch.device("meta"):  # its sizes, whatever they are, without the memory
-        build({"_target_": "cpc.latent_classifier.LatentClassifier", "dim": 1, "classes": 2, **plain(cfg.classifier)})
-    if not 0 <= cfg.shard < cfg.shards:
-        raise ValueError(f"shard={cfg.shard} of shards={cfg.shards}: pass 0 to {cfg.shards - 1}")
-    for name, length in cfg.steps.items():
-        if not (1 <= length.least <= length.most and 0 <= length.passes < math.inf):
-            raise ValueError(f"steps.{name}={dict(length)}: pass 1 <= least <= most, and passes of at least 0")
-    if not cfg.scratch_times >= 1:
-        raise ValueError(f"scratch_times={cfg.scratch_times}: pass at least 1, as many steps as both phases together")
-
-
-def _check_choices(cfg: DictConfig) -> None:
-    if cfg.mode is not None and cfg.mode not in MODES:
-        raise ValueError(f"mode={cfg.mode}: pass one of {', '.join(MODES)}, or null")
-    if cfg.readout not in ("grid", "context"):
-        raise ValueError(f"readout={cfg.readout}: pass grid, or context for CPC's latents with their contexts")
-    if cfg.precision == "fp16":
-        raise ValueError("precision=fp16: pass precision=bf16 or precision=no")
-
-
-def _check_settings(name: str, keys: Sequence[str], settings: Any) -> None:
-    shown = f"'settings.{name}=[{{{','.join(f'{key}:NUMBER' for key in keys)}}}]'"
-    if not settings:
-        raise ValueError(f"settings.{name} has none: pass {shown}, one setting or more")
-    for setting in settings:
-        if not (OmegaConf.is_dict(setting) and setting.keys() == set(keys)):  # a shell may have eaten braces and commas
-            raise ValueError(f"settings.{name} has {setting!r}: pass {shown} in quotes, one setting or more")
-        for key, value in setting.items():
-            if not (isinstance(value, int | float) and value >= LEAST[key]):
-                raise ValueError(f"settings.{name} has {key}={value}: pass a number of at least {LEAST[key]}")
-
-
-def amounts_of(cfg: DictConfig) -> list[LabelAmount]:
-    """The label counts that are asked for, in the order given."""
-    kinds = {"fraction": cfg.fractions, "labels": cfg.labels, "labels_per_class": cfg.labels_per_class}
-    return [LabelAmount(kind, float(value)) for kind, values in kinds.items() for value in values]
-
-
-def grouped_runs(runs: Sequence[str]) -> dict[str, list[str]]:
-    """Runs by the name of their method; those whose configurations differ in the seed alone are repeats of one.
-
-    Raises FileNotFoundError and ValueError where one is no finished run.
-
-    Example: two seeds of CPC and one SimCLR give {"CPC": [a, b], "SimCLR": [c]}; another CPC is "CPC 2".
-    """
-    groups: dict[str, list[str]] = {}
-    prints: dict[str, str] = {}
-    for run in runs:
-        _, card = read_card(run)
-        if card.get("classifier") or card.get("method") in LEARNED_FROM_LABELS:
-            raise ValueError(
-                f"{run} has learned from labels ({card.get('method')}): pass runs that were pre-trained without"
-            )
-        twin = prints.setdefault(run_fingerprint(run), run)
-        if twin != run or runs.count(run) > 1:
-            raise ValueError(f"{run} and {twin} are the same run: pass each once")
-        method = str(read_card(run)[1].get("method", "encoder"))
-        names = [method, *(f"{method} {number}" for number in range(2, len(runs) + 1))]
-        name = next(name for name in names if name not in groups or _repeats(groups[name][0], run))
-        groups.setdefault(name, []).append(run)
-    return groups
-
-
-def _repeats(first: str, other: str) -> bool:
-    one, another = (run_config(run)[1] for run in (first, other))
-    return bool(one) and set(differing_keys(one, another)) <= {"seed", *MAY_CHANGE}
-
-
-def arms_of(cfg: DictConfig) -> list[Arm]:
-    """Every arm, those from scratch first; without "patches" from scratch where the first run's encoder has none.
-
-    The same network from scratch is the first run's; the ordinary one sees images as large as any run's, so that no run
-    is held against a network that sees less than it does.
-
-    Raises ValueError for "head" where no run has one.
-    """
-    first = str(cfg.runs[0])
-    groups = grouped_runs(list(cfg.runs))
-    largest = max(map(str, cfg.runs), key=lambda run: read_card(run)[1]["input"]["image_size"])
-    arms = [
-        Arm(SCRATCH, protocol, largest if protocol == "cnn" else first)
-        for protocol in cfg.scratch
-        if protocol != "patches" or has_patches(first)
-    ]
-    arms += [Arm("random", protocol, first) for protocol in cfg.random]
-    with_head = [run for run in cfg.runs if read_card(run)[1].get("head")]
-    if "head" in cfg.protocols and not with_head:
-        raise ValueError("protocols names head, and none of the runs has a projection head: leave it out")
-    return arms + [
-        Arm(method, protocol, run, repeat)
-        for method, runs in groups.items()
-        for repeat, run in enumerate(runs)
-        for protocol in cfg.protocols
-        if protocol != "head" or run in with_head
-    ]
-
-
-def has_patches(run: str) -> bool:
-    """Whether a run's encoder was trained on patches."""
-    return bool(read_card(run)[1]["input"].get("patch_size"))
-
-
-def network_of(encoder: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two networks the same, of a card or of what a cell depends on: architecture, image and patch size."""
-    fed = encoder["input"]
-    return encoder["architecture"], fed["image_size"], fed.get("patch_size")
-
-
-def other_networks(groups: Mapping[str, Sequence[str]], encoder: Mapping[str, Any] | None) -> list[str]:
-    """The methods whose network is another than this one, or whose run is not there to say."""
-
-    def has_it(run: str) -> bool:
-        try:
-            return encoder is not None and network_of(read_card(run)[1]) == network_of(encoder)
-        except (FileNotFoundError, ValueError):
-            return False
-
-    return [method for method, runs in groups.items() if not (runs and has_it(runs[0]))]
+# ---- what runs decide ----
 
 
 def take_over_(cfg: DictConfig) -> None:
@@ -341,7 +105,8 @@ def sized_cnn(node: dict[str, Any], image_size: int) -> dict[str, Any]:
 
 def cells_of(cfg: DictConfig, bench: Bench) -> list[Cell]:
     """All cells: arm by arm its choices of labels, the same for each."""
-    return [Cell(arm, amount, seed) for arm in arms_of(cfg) for amount, seed in bench.choices]
+    asked = {name: list(cfg[name]) for name in ("protocols", "random", "scratch")}
+    return [Cell(arm, amount, seed) for arm in arms_of(list(cfg.runs), **asked) for amount, seed in bench.choices]
 
 
 def share_of(cells: Sequence[Cell], choices: int, shard: int, shards: int) -> list[Cell]:

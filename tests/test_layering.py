@@ -30,6 +30,7 @@ ENTRY_POINTS = {
     "cpc/shortcuts.py",
     "cpc/simclr_v2.py",
     "cpc/sweep_labels.py",
+    "cpc/sweep_schema.py",
     "cpc/two_phases.py",
 }
 

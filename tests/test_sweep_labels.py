@@ -36,6 +36,7 @@ from cpc import label_protocols, label_recipes
 from cpc.configs import config_folder
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete
+from cpc.label_arms import arms_of, grouped_runs, other_networks
 from cpc.label_bench import Arm, Cell, run_fingerprint
 from cpc.label_choices import check_classes, decodable_choices, drawn_choices, listed_choices
 from cpc.label_costs import duration, planned_seconds
@@ -43,18 +44,15 @@ from cpc.label_protocols import Length, linear, nearest
 from cpc.label_recipes import DEPENDS, RECIPES, asked_of, networks_from_scratch, protocol_of, protocols_of
 from cpc.pretrain import pretrain
 from cpc.sweep_labels import (
-    arms_of,
     bench_of,
     cells_of,
-    check_asked,
-    grouped_runs,
     lengths_of,
-    other_networks,
     share_of,
     sized_cnn,
     sweep,
     take_over_,
 )
+from cpc.sweep_schema import check_asked
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
 
@@ -485,7 +483,8 @@ def test_images_are_as_large_as_any_runs(runs, tmp_path):
         )
         take_over_(cfg)
         assert (cfg.load_size, cfg.cnn.stem) == (96, "imagenet")
-        networks = {arm.protocol: arm.run for arm in arms_of(cfg) if arm.method == "scratch"}
+        arms = arms_of(both, protocols=["linear"], scratch=list(cfg.scratch))
+        networks = {arm.protocol: arm.run for arm in arms if arm.method == "scratch"}
         assert networks == {"cnn": str(larger), "image": both[0], "patches": both[0]}
         ours, theirs = (read_card(run)[1] for run in both)
         assert other_networks({"one": [both[0]], "other": [both[1]]}, ours) == ["other"]

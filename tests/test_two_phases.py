@@ -29,9 +29,9 @@ from cpc.finetune import finetune, main, settle_
 from cpc.frozen_encoder import Latents
 from cpc.grid_classifier import GridClassifier
 from cpc.interruption import Stopped
+from cpc.label_arms import grouped_runs
 from cpc.latent_classifier import LatentClassifier
 from cpc.pretrain import pretrain
-from cpc.sweep_labels import grouped_runs
 from cpc.two_phases import FIRST_PHASE, both_optimizers, build_grid_classifier
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")
