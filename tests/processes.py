@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo  # takes three seconds, and a distributed module or a first step of an optimizer asks for it
-from conftest import CHECKOUT, free_port
+from conftest import CHECKOUT
 from torch import distributed as dist
 
 import cpc.finetune
@@ -53,18 +53,16 @@ def in_a_child(job: Callable[..., Any], *arguments: object) -> Iterator[BaseProc
 
 def on_processes(count: int, job: Callable[..., Any], *arguments: object) -> list[Any]:
     """What `job(*arguments)` returns in each of so many processes, in their order: with what a launcher tells them."""
-    port = free_port()
+    # Held here, as torchrun's agent holds it: whoever looked for a free port first could find it taken a second later,
+    # and the process that held it could leave before the others were done.
+    meeting_place = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting_place.port}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": True}
     with tempfile.TemporaryDirectory() as folder:
         files = [os.path.join(folder, f"{rank}.pt") for rank in range(count)]
         children = []
         for rank, file in enumerate(files):
-            told = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": count,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
+            told = {"RANK": rank, "LOCAL_RANK": rank, **common}
             environment = {name: str(value) for name, value in told.items()}
             children.append(_server().Process(target=_as_one_of, args=(environment, file, job, arguments)))
         for child in children:
@@ -92,7 +90,7 @@ def _as_one_of(environment: dict[str, str], file: str, job: Callable[..., Any], 
     os.environ.update(environment)
     torch.save(job(*arguments), file)
     if dist.is_initialized():
-        dist.barrier()  # who leaves first would take the meeting place along
+        dist.barrier()  # some may wait for others still
         dist.destroy_process_group()
 
 
