@@ -51,10 +51,10 @@ from cpc.entry import (
     config_search,
     list_keys,
     start_accelerator,
-    wants_traceback,
 )
 from cpc.evaluate import extract, labelled
 from cpc.features import load_encoder, load_head
+from cpc.mistakes import wants_traceback
 from cpc.pretrain import PretrainSchema, pretrain
 from cpc.run import check_numbers, plain
 from cpc.run_folder import check_folder

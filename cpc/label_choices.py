@@ -40,22 +40,33 @@ def check_classes(splits: Splits) -> None:
 
 
 def drawn_choices(
-    amounts: Sequence[LabelAmount], labels: Tensor, ids: Tensor, *, seeds: int, few: float, seeds_above: int
+    amounts: Sequence[LabelAmount],
+    labels: Tensor,
+    ids: Tensor,
+    *,
+    seeds: int,
+    few: float,
+    seeds_above: int,
+    of: Tensor | None = None,
 ) -> Choices:
     """What every amount and seed choose: `seeds` up to the share `few` of the labels, `seeds_above` above it.
 
-    Args: `labels`, `ids`: `n` int64, of all training images; -1 = none.
+    Args:
+        labels, ids: `n` int64, of all training images; -1 = none.
+        of: `n` int64, the labels before some were lost, of which shares are: what an amount chooses is then the same
+            beside whatever others. None = `labels`.
     """
     choices: dict[tuple[LabelAmount | LabelList, int], LabelSplit] = {}
-    labelled = labels[labels >= 0]
+    whole = labels if of is None else of
+    labelled = whole[whole >= 0]
     for amount in amounts:
-        count = len(amount.choose(labels, ids=ids))
+        count = len(amount.choose(labels, ids=ids, of=of))
         others = [str(other) for other, _ in choices if len(choices[other, 0].indices) == count]
         if others:
             raise ValueError(f"{amount} and {others[0]} are {count} labels both: leave one of them out")
         # a share of every class is rounded, so that its sum may be a little more
         for seed in range(seeds if count <= few * len(labelled) + len(labelled.unique()) / 2 else seeds_above):
-            indices = amount.choose(labels, seed=seed, ids=ids)
+            indices = amount.choose(labels, seed=seed, ids=ids, of=of)
             choices[amount, seed] = LabelSplit(indices, split_digest(ids, labels, indices))
     return choices
 

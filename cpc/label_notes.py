@@ -19,6 +19,8 @@ from cpc.seen_images import LABELLED, seen_notes
 
 FROZEN = ("linear", "knn", "classifier")
 """Protocols on features of a frozen encoder."""
+USUAL_FLIP = 0.5
+"""The probability with which views=labelled mirrors where nothing is said."""
 
 
 # ---- what all commands in a folder know ----
@@ -78,6 +80,15 @@ def encoded_once(bench: Bench, cells: Sequence[Cell]) -> list[str]:
         f"features of {once:,} images are encoded once a process for {len(read)} cells on frozen encoders, in place of "
         f"{again:,} for every cell again: {again / once:.1f} times as many"
     ]
+
+
+def mirrored(plan: Plan) -> list[str]:
+    """How often labelled images are mirrored where a network learns from them, if that is what its views say."""
+    pipelines = plan.described["views"].get("pipelines") or [{}]
+    if "flip" not in pipelines[0]:
+        return []
+    flip = USUAL_FLIP if pipelines[0]["flip"] is None else pipelines[0]["flip"]
+    return [f"networks learn from images that are mirrored with a probability of {flip:g}"]
 
 
 def lengths_from_scratch(plan: Plan, results: Sequence[CellResult]) -> list[str]:

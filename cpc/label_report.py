@@ -291,7 +291,9 @@ def _what_intervals_leave_out(curves: Curves) -> list[str]:
     single = {labels for curve in curves.values() for labels in curve.cells if curve.planned(labels) == 1}
     if single:
         counts = ", ".join(map(str, sorted(single)))
-        said.append(f"- one choice of labels at {counts}: intervals leave the luck of that choice out")
+        said.append(
+            f"- one choice of labels at {counts}: intervals leave its luck out; few=1 gives as many as elsewhere"
+        )
     for (method, protocol), curve in curves.items():
         for labels, of_seeds in sorted(curve.cells.items()):
             done, whole = sum(map(len, of_seeds.values())), curve.planned(labels) * len(curve.repeats())

@@ -39,7 +39,8 @@ from contrastive_core.method import Batch, Method
 from contrastive_core.optim import parameter_groups
 from contrastive_core.randomness import Randomness
 from contrastive_core.sharding import blocks_of
-from cpc.entry import USER_ERRORS, build, check_complete, config_search, told
+from cpc.entry import build, check_complete, config_search
+from cpc.mistakes import USER_ERRORS, told
 from cpc.run import recompute_
 
 GIB = 2**30

@@ -17,8 +17,9 @@ from torch import nn
 from contrastive_core.data import ImageDataset
 from contrastive_core.method import Method
 from contrastive_core.randomness import Randomness
-from cpc.entry import build, command, out_of_memory, warn_of_unread_keys
+from cpc.entry import build, command, warn_of_unread_keys
 from cpc.method import CPC
+from cpc.mistakes import out_of_memory
 from cpc.negatives import count_negatives
 from cpc.prediction import check_offsets
 from cpc.run import Pieces, plain, train_run

@@ -27,8 +27,9 @@ from contrastive_core.checkpoint import replacing
 from contrastive_core.data import Splits
 from contrastive_core.reading import read_json
 from contrastive_core.run_log import read_metrics
-from cpc.entry import USER_ERRORS, build, config_search, told
+from cpc.entry import build, config_search
 from cpc.foreign import run_augmentation, run_config, run_data
+from cpc.mistakes import USER_ERRORS, told
 from cpc.report_charts import Line, heat_maps, line_chart, number, plain_table, share_table
 from cpc.report_pictures import PLACED, TOGETHER, as_data, augmented, neighbours, positions, predictions, some
 from cpc.run_folder import MAY_CHANGE

@@ -6,23 +6,49 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from contrastive_core.data import ImageDataset, Splits, UndecodableImage, sample_ids
+from contrastive_core.data import ImageDataset, Splits, UndecodableImage, content_ids, sample_ids
+from contrastive_core.data.images import Stored
 from cpc.foreign import READERS, run_data
 
 
 def count_seen(test: ImageDataset, others: ImageDataset) -> int:
     """How many test images are among others, at the size that both are decoded at.
 
-    They are looked for by identity (`sample_ids`: bytes, or the end of a path), and are the same where their pixels
-    are: `train/cat/1.png` and `test/cat/1.png` may be two images.
+    They are looked for by identity (`sample_ids`: bytes, or the end of a path) and by what they hold, whatever they are
+    called (`content_ids`), and are the same where their pixels are: `train/cat/1.png` and `test/cat/1.png` may be two
+    images. Where one of the data sets is of pixels and the other of files, all are decoded.
 
     Example: of a data set in itself, all.
     """
-    places = {number: place for place, number in enumerate(sample_ids(others).tolist())}
-    pairs = [(index, places[number]) for index, number in enumerate(sample_ids(test).tolist()) if number in places]
-    return sum(_same(test, index, others, place) for index, place in pairs)
+    of_content = content_ids if _of_pixels(test) == _of_pixels(others) else _pixel_ids
+    asked = list(zip(sample_ids(test).tolist(), of_content(test), strict=True))
+    places: dict[int, list[int]] = {}
+    for numbers in (sample_ids(others).tolist(), of_content(others)):
+        for place, number in enumerate(numbers):
+            if number is not None:
+                places.setdefault(number, []).append(place)
+    return sum(
+        any(_same(test, index, others, place) for number in {*numbers} for place in places.get(number, ()))
+        for index, numbers in enumerate(asked)
+    )
+
+
+def _of_pixels(images: ImageDataset) -> bool:
+    return not isinstance(images.source, Stored) and isinstance(images.source[0], np.ndarray)
+
+
+def _pixel_ids(images: ImageDataset) -> list[int | None]:
+    """`content_ids` of what images are decoded to."""
+    numbers: list[int | None] = []
+    for index in range(len(images)):
+        try:
+            numbers.append(hash(images.decode(index).numpy().tobytes()))
+        except UndecodableImage:
+            numbers.append(None)
+    return numbers
 
 
 def _same(test: ImageDataset, index: int, others: ImageDataset, place: int) -> bool:
@@ -62,7 +88,7 @@ def seen_among(
     for run in (LABELLED, *runs):
         try:
             seen[run] = count({**run_data(run), "size": test.size} if run else training)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             seen[run] = " ".join(str(error).split())
     return seen
 

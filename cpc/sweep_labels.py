@@ -12,12 +12,13 @@ to, in `cpc.label_curves` and `cpc.label_report`, and what their reader has to k
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +39,7 @@ from contrastive_core.data import (
 )
 from contrastive_core.encoders import small_cnn_for
 from cpc.encoder_card import read_card
-from cpc.entry import Incomplete, build, check_complete, command, start_accelerator, wants_traceback
+from cpc.entry import Incomplete, build, check_complete, command, start_accelerator
 from cpc.evaluate import labelled
 from cpc.finetune import run_crop_and_flip
 from cpc.foreign import run_config, run_data
@@ -49,8 +50,10 @@ from cpc.label_choices import Choices, check_classes, decodable_choices, drawn_c
 from cpc.label_costs import duration, planned_seconds
 from cpc.label_curves import SCRATCH
 from cpc.label_notes import (
+    USUAL_FLIP,
     encoded_once,
     lengths_from_scratch,
+    mirrored,
     notes,
     of_runs_that_are_there,
     with_what_other_commands_knew,
@@ -58,10 +61,13 @@ from cpc.label_notes import (
 from cpc.label_protocols import Both, Length
 from cpc.label_recipes import run_cell
 from cpc.label_report import write_failures, write_report
+from cpc.mistakes import wants_traceback
 from cpc.run import plain
-from cpc.run_folder import check_no_file
+from cpc.run_folder import check_no_file, differing_keys
 from cpc.seen_images import seen_among
 from cpc.sweep_schema import SweepSchema, amounts_of, check_asked
+
+logger = logging.getLogger(__name__)
 
 REPORT_EVERY = 120
 """Seconds between two drawings of the curve while it grows, or ten times what one takes: thousands of resamples."""
@@ -80,11 +86,38 @@ def take_over_(cfg: DictConfig) -> None:
     cfg.load_size = cfg.load_size or max(fed.get("load_size") or fed["image_size"] for fed in inputs)
     if cfg.data is None:
         cfg.data = {**run_data(first), "size": "${load_size}"}
-    flips = [flip for run in cfg.runs if (flip := run_crop_and_flip(run)["flip"]) is not None]
-    if cfg.augmentation.flip is None and flips:
-        cfg.augmentation.flip = min(flips)
+    if cfg.augmentation.flip is None:
+        cfg.augmentation.flip = labelled_flip(plain(cfg.data), list(cfg.runs))
     cfg.cnn = sized_cnn(plain(cfg.cnn), max(fed["image_size"] for fed in inputs))
     check_complete(cfg)
+
+
+def labelled_flip(data: Mapping[str, Any], runs: Sequence[str]) -> float | None:
+    """The probability with which labelled images are mirrored: 0 of digits, else the least that runs say; None = 0.5.
+
+    Mirrored images that mean something else cost those the most that learn from labels alone, and what is saved would
+    be too large. So what no run can know, of images that none was trained on, is told in the log.
+    """
+    if data["_target_"] == "contrastive_core.data.mnist5k":
+        return 0.0
+    said = [flip for run in runs if (flip := run_crop_and_flip(run)["flip"]) is not None]
+    flip = min(said, default=None)
+    if not any(_trained_on(data, run) for run in runs):
+        logger.warning(
+            "no run was trained on these images, which are mirrored with a probability of %g: pass "
+            "augmentation.flip=0 where left and right differ, as in letters, and 0.5 for photographs",
+            USUAL_FLIP if flip is None else flip,
+        )
+    return flip
+
+
+def _trained_on(data: Mapping[str, Any], run: str) -> bool:
+    """Whether a run was trained on the training images of this data; not where it does not say."""
+    try:
+        theirs = run_data(run)
+    except (FileNotFoundError, ValueError):
+        return False
+    return not set(differing_keys(dict(data), theirs)) - {"size", "test", "cache"}
 
 
 def sized_cnn(node: dict[str, Any], image_size: int) -> dict[str, Any]:
@@ -183,7 +216,7 @@ def bench_of(cfg: DictConfig) -> Bench:
 def choices_of(cfg: DictConfig, splits: Splits) -> Choices:
     """Which labels of the training images every cell learns from; mistakes are told before any image is decoded."""
     train, ids = splits.train, sample_ids(splits.train)
-    seeds = {"seeds": cfg.seeds, "few": cfg.few, "seeds_above": cfg.seeds_above}
+    seeds = {"seeds": cfg.seeds, "few": cfg.few, "seeds_above": cfg.seeds_above, "of": train.labels}
     listed = {LabelList(file): labels_listed(train, file) for file in cfg.label_lists}
 
     def choose(labels: Tensor) -> Choices:
@@ -238,7 +271,8 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
         groups = {method: about["runs"].get(method, []) for method in methods}
         about["other_networks"] = other_networks(groups, folder.trained_from_scratch())
         about["seen"] = of_runs_that_are_there(about["seen"], groups)
-        about["notes"] = notes(about, folder) + lengths_from_scratch(bench.plan, results) + encoded_once(bench, cells)
+        about["notes"] = notes(about, folder) + lengths_from_scratch(bench.plan, results)
+        about["notes"] += mirrored(bench.plan) + encoded_once(bench, cells)
         write_report(out, results, bench.test.labels, about)
 
 

@@ -94,6 +94,17 @@ def test_an_image_keeps_its_place_when_others_lose_their_labels():
     assert torch.equal(labels_per_class(renamed, 10), before)
 
 
+def test_a_share_is_of_what_there_was_before_some_lost_their_labels():
+    """A tenth of 100 images is 10, also where 85 are left; all of them are those that are left."""
+    before = torch.arange(2).repeat(100)
+    after = before.clone()
+    after[:30] = -1
+    chosen = label_fraction(after, 0.1, of=before)
+    assert len(chosen) == 20
+    assert set(label_fraction(after, 0.1).tolist()) < set(chosen.tolist()), "of 85: the same, less one or two"
+    assert torch.equal(label_fraction(after, 1.0, of=before), (after >= 0).nonzero().flatten())
+
+
 def test_torchs_generator_has_no_part_in_it():
     labels, before = random_labels(), torch.get_rng_state()
     first = label_fraction(labels, 0.1)

@@ -18,6 +18,7 @@ from cpc.label_curves import (
     ScratchCurve,
     balanced,
     curves_of,
+    needed_choices,
     savings_of,
     scratch_curves,
 )
@@ -69,7 +70,7 @@ def test_without_a_network_of_the_same_kind_there_is_one_curve():
 
 def test_a_saving_that_is_known_and_sure():
     """Right with 10 labels on exactly the images on which scratch is with 40: 4.0, whatever images are drawn."""
-    row = found([*scratch(), cell("CPC", "linear", 10, 20)])[10]
+    row = found([*scratch(*range(5)), *(cell("CPC", "linear", 10, 20, seed=seed) for seed in range(5))])[10]
     assert row == {
         "method": "CPC",
         "protocol": "linear",
@@ -79,8 +80,8 @@ def test_a_saving_that_is_known_and_sure():
         "low": "4.0",
         "high": "4.0",
         "saves": True,
-        "draws": 1,
-        "scratch_draws": 1,
+        "draws": 5,
+        "scratch_draws": 5,
         "runs": 1,
     }
 
@@ -99,7 +100,8 @@ def test_a_saving_that_is_known_and_sure():
     ],
 )
 def test_savings_within_and_beyond_the_curve(labels, right, saving, saves):
-    row = found([*scratch(), cell("CPC", "linear", labels, right)])[labels]
+    arm = [cell("CPC", "linear", labels, right, seed=seed) for seed in range(5)]
+    row = found([*scratch(*range(5)), *arm])[labels]
     assert (row["saving"], row["low"], row["high"], row["saves"]) == (saving, saving, saving, saves)
 
 
@@ -197,7 +199,7 @@ def test_runs_without_a_choice_in_common_have_their_row():
 
 @pytest.mark.parametrize("thin", ["arm", "scratch", "neither"])
 def test_fewer_than_five_choices_of_several_are_never_said_to_save(thin):
-    """What saves has five in common with what it is held against, or one that is all there is to be."""
+    """What saves has five in common with what it is held against."""
     draws = {name: range(4 if name == thin else 5) for name in ("arm", "scratch")}
     results = [cell("CPC", "linear", 10, 20, seed=seed, draws=5) for seed in draws["arm"]]
     curve = {10: 8, 40: 20, 160: 32}
@@ -209,10 +211,30 @@ def test_fewer_than_five_choices_of_several_are_never_said_to_save(thin):
     row = found(results)[10]
     assert (row["low"], row["saves"]) == ("4.0", thin == "neither")
     assert (row["draws"], row["scratch_draws"]) == (len(draws["arm"]), len(draws["scratch"]))
-    assert found([*scratch(), cell("CPC", "linear", 10, 20)])[10]["saves"]
     assert not found([*scratch(0, 1), *(cell("CPC", "linear", 10, 20, seed=seed, draws=2) for seed in (0, 1))])[10][
         "saves"
     ]
+
+
+@pytest.mark.parametrize(("labels", "saves"), [(2000, True), (1996, False)])
+def test_a_single_choice_stands_for_all_where_it_is_of_many_labels(labels, saves):
+    """Below, seeds=1 would make one lucky choice of few labels a certain saving."""
+    curve = {500: 8, labels: 20, 8000: 32}
+    several = [cell(SCRATCH, "cnn", 500, curve[500], seed=seed, draws=5) for seed in range(5)]
+    single = [cell(SCRATCH, "cnn", count, curve[count]) for count in (labels, 8000)]
+    row = found([*several, *single, cell("CPC", "linear", labels, 32)])[labels]
+    assert (row["low"], row["saves"]) == ("4.0", saves)
+    assert (row["draws"], row["scratch_draws"]) == (1, 1)
+
+    # of an arm with five choices, which is held against a point with that one
+    arm = [cell("CPC", "linear", 500, 20, seed=seed, draws=5) for seed in range(5)]
+    row = found([*several, *single, *arm])[500]
+    assert (row["draws"], row["scratch_draws"], row["saves"]) == (5, 1, saves)
+
+
+@pytest.mark.parametrize(("labels", "classes", "needed"), [(2000, 100, 1), (2000, 101, 5), (2020, 101, 1), (40, 2, 5)])
+def test_many_labels_are_many_of_each_class_and_in_all(labels, classes, needed):
+    assert needed_choices(curves_of([cell("CPC", "linear", labels, 32)]), classes) == {labels: needed}
 
 
 def test_five_choices_are_in_common_or_they_are_not_five():
@@ -381,10 +403,19 @@ def test_what_leads_at_few_labels_and_is_not_measured_at_many_ends_the_curve():
 
 def test_what_is_measured_alone_at_the_fewest_labels_does_not_lead():
     """The CNN's cell at 10 labels failed, or was never asked for: the curve begins at 40, and no saving grows."""
-    network, pretrained = scratch(), [cell("CPC", "linear", 10, 14), cell("CPC", "linear", 40, 18)]
-    weak = [cell(SCRATCH, "logistic", labels, right) for labels, right in {10: 6, 40: 8, 160: 16}.items()]
+    network = scratch(*range(5))
+    pretrained = [
+        cell("CPC", "linear", labels, right, seed=seed)
+        for labels, right in {10: 14, 40: 18}.items()
+        for seed in range(5)
+    ]
+    weak = [
+        cell(SCRATCH, "logistic", labels, right, seed=seed)
+        for labels, right in {10: 6, 40: 8, 160: 16}.items()
+        for seed in range(5)
+    ]
     failed = [one for one in network if one.labels > 10]
-    for of_weak in (weak, weak[:1]):
+    for of_weak in (weak, [one for one in weak if one.labels == 10]):
         best = scratch_curves(curves_of([*failed, *of_weak]))[BEST]
         assert protocols(best) == {40: "cnn", 160: "cnn"}
         assert best.left_out == {10: ("logistic",)}

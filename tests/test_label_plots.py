@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -29,7 +30,7 @@ def axes_of(*curves: Curve, arrows: Any = ()) -> Axes:
 
 def arrows_of(axes: Axes) -> list[tuple[float, float, float, float]]:
     """Of each arrow where it starts and ends: labels and percent."""
-    heads = [text for text in axes.texts if text.arrow_patch is not None]
+    heads = [text for text in axes.texts if text.arrow_patch is not None and not text.get_text()]
     return [(*text.xyann, *text.xy) for text in heads]
 
 
@@ -116,13 +117,13 @@ def test_arrows_that_are_not_sure_are_dotted_and_the_legend_says_so():
         heads = [text.arrow_patch for text in axes.texts if text.arrow_patch is not None]
         assert [head.get_linestyle() for head in heads] == styles
         words = [text.get_text() for text in axes.get_legend().get_texts()][2:]
-        assert words == ["dotted: may save nothing"] * (":" in styles)
+        assert words == ["dotted: not sure"] * (":" in styles)
 
 
 def test_no_saving_covers_another_or_an_arrow():
     near = [SavingArrow(10, height, Saving(10.0, 10.0), curve) for height, curve in ((0.5, 1), (0.505, 2), (0.52, 1))]
     axes = axes_of(SCRATCH, FROZEN, TUNED, arrows=near)
-    places = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    places = [Text.get_window_extent(text) for text in axes.texts if text.get_text()]
     ends = [[(10, 100 * arrow.accuracy), (100, 100 * arrow.accuracy)] for arrow in near]
     taken = [Bbox(axes.transData.transform(both)) for both in ends]
     for place in places:
@@ -130,13 +131,28 @@ def test_no_saving_covers_another_or_an_arrow():
         taken.append(place)
 
 
+def test_a_line_is_pale_where_others_were_measured_and_it_was_not():
+    """At 10 and 1,000 alone: a break in the line, and a pale one over it; not beyond its own ends."""
+    skips = Curve("skips", {10: [0.1], 1000: [0.3]})
+    whole, broken, pale, short = axes_of(SCRATCH, skips, FROZEN).lines
+    assert np.isfinite(whole.get_ydata()).all()
+    assert np.isfinite(short.get_ydata()).all()
+    assert np.isnan(broken.get_ydata()).tolist() == [False, True, False]
+    assert (list(pale.get_xdata()), list(pale.get_ydata())) == ([10, 1000], pytest.approx([10, 30]))
+    assert pale.get_alpha() < 0.5 < (broken.get_alpha() or 1)
+    assert pale.get_color() == broken.get_color()
+
+
 def test_what_many_short_arrows_say_lies_apart():
     """Five arms within three points, on an axis of two decades."""
     wide = Curve("far", {10: [0.2], 1000: [0.9]})
     short = [SavingArrow(10, 0.5 + place / 150, Saving(1.9, 1.9), place) for place in range(5)]
     axes = axes_of(wide, *(Curve(f"arm {place}", {10: [0.5 + place / 150]}) for place in range(4)), arrows=short)
-    places = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    places = [Text.get_window_extent(text) for text in axes.texts if text.get_text()]
     assert len(places) == 5
+    led = [text.arrow_patch is not None for text in axes.texts if text.get_text()]
+    assert any(led), "one that lies far from its arrow is tied to it"
+    assert not all(led)
     assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
 
 

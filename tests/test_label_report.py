@@ -195,7 +195,7 @@ def test_what_has_one_choice_of_labels_or_lacks_some_is_told(tmp_path: Path):
     results += [cell("CPC", "linear", 10, 20, seed=seed, draws=3) for seed in (0, 1, 2)]
     results += [cell(*arm, labels, 24, draws=1) for arm in (("CPC", "linear"), (SCRATCH, "cnn")) for labels in (80, 40)]
     assert told(tmp_path, results, "one choice") == [
-        "one choice of labels at 40, 80: intervals leave the luck of that choice out"
+        "one choice of labels at 40, 80: intervals leave its luck out; few=1 gives as many as elsewhere"
     ]
     assert told(tmp_path, results, "scratch") == ["scratch cnn has 2 of 3 cells with 10 labels"]
     assert told(tmp_path, results, "CPC") == []

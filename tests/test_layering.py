@@ -23,6 +23,7 @@ ENTRY_POINTS = {
     "cpc/evaluate.py",
     "cpc/export.py",
     "cpc/finetune.py",
+    "cpc/mistakes.py",
     "cpc/plan.py",
     "cpc/pretrain.py",
     "cpc/report.py",

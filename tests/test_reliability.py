@@ -24,8 +24,9 @@ from contrastive_core.checkpoint import damage, latest_checkpoint
 from contrastive_core.data import UndecodableImage
 from contrastive_core.run_log import RunLog, read_metrics
 from cpc import interruption
-from cpc.entry import command, told, way_out
+from cpc.entry import command
 from cpc.interruption import Stopped, StopRequest
+from cpc.mistakes import told, way_out
 from cpc.pretrain import PretrainSchema
 
 pytestmark = pytest.mark.usefixtures("as_a_new_process")

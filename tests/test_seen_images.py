@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from contrastive_core.data import ImageDataset, Splits, imagefolder
+from contrastive_core.data import ImageDataset, Splits, content_ids, imagefolder, webdataset
 from cpc.seen_images import count_seen, seen_among, seen_notes
 
 
@@ -41,6 +43,47 @@ def test_files_of_one_name_are_one_image_where_their_pixels_are(tmp_path):
     assert count_seen(splits.test, splits.train) == 1
 
 
+def encoded(path: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((path / "cat").iterdir())]
+
+
+@pytest.mark.parametrize("kind", ["files of other names", "bytes", "a shard", "pixels"])
+@pytest.mark.parametrize("turned", [False, True], ids=["", "the other way round"])
+def test_copies_are_found_whatever_they_are_called(tmp_path, kind, turned):
+    """Two of four test images in a flat folder of unlabelled files, in a table, a shard, or an array of pixels."""
+    pictures = noise(8, seed=0)
+    test = imagefolder(folder(tmp_path / "test", pictures[:4]), size=8).train
+    copies = folder(tmp_path / "copies", pictures[2:])
+    if kind == "files of other names":
+        (tmp_path / "all").mkdir()
+        for number, content in enumerate(encoded(copies)):
+            (tmp_path / "all" / f"photo{number + 10}.png").write_bytes(content)
+        others = imagefolder(tmp_path / "all", size=8).train
+    elif kind == "a shard":
+        with tarfile.open(tmp_path / "0.tar", "w") as shard:
+            for number, content in enumerate(encoded(copies)):
+                member = tarfile.TarInfo(f"{number + 10}.png")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+        others = webdataset(tmp_path / "0.tar", size=8).train
+    else:
+        others = ImageDataset(encoded(copies) if kind == "bytes" else pictures[2:], size=8)
+    assert count_seen(*((others, test) if turned else (test, others))) == 2
+
+
+def test_files_that_begin_alike_are_not_one(tmp_path):
+    """Uncompressed, of one length, with another last pixel."""
+    pictures = np.zeros((3, 64, 64, 3), dtype=np.uint8)
+    pictures[1, 0, 0] = pictures[2, 0, 0] = 255  # a bitmap's last bytes are its first row
+    for number, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.bmp")
+    one, other, copy = (ImageDataset([tmp_path / f"{number}.bmp"], size=64) for number in range(3))
+    assert content_ids(one) == content_ids(other)
+    assert (count_seen(one, other), count_seen(copy, other)) == (0, 1)
+    both = ImageDataset([tmp_path / "0.bmp", tmp_path / "1.bmp", tmp_path / "0.bmp"], size=64)
+    assert count_seen(copy, both) == 1, "whichever of those that begin alike it is"
+
+
 def test_what_cannot_be_decoded_was_not_seen(tmp_path):
     path = folder(tmp_path / "one", noise(1, seed=0)) / "cat" / "0.png"
     good, bad = ImageDataset([path], size=8), ImageDataset([tmp_path / "cat" / "0.png"], size=8)
@@ -69,8 +112,10 @@ def test_the_report_says_what_was_seen_by_whom_and_what_is_not_known(run, tmp_pa
     def read(data):
         asked.append((data["train"], data["size"]))
         assert data["cache"] is False
-        if data["train"] not in sets:
+        if data["train"] not in [*sets, "installed"]:
             raise FileNotFoundError(f"no {data['train']}")
+        if data["train"] == "installed":
+            raise ImportError("wants a package")
         return Splits(ImageDataset(sets[data["train"]], size=8), None)
 
     training = {"_target_": "contrastive_core.data.parquet", "train": "labelled", "size": 8}
@@ -90,6 +135,8 @@ def test_the_report_says_what_was_seen_by_whom_and_what_is_not_known(run, tmp_pa
         "0 of 3 test images are among the training images",
         f"1 of 3 test images are among those that {leaky} was pre-trained on",
     ]
+    (wants,) = seen_notes(seen_among(test, training, [run("wants", "installed")], read), 3)[:1]
+    assert wants.endswith("is not known: wants a package"), "what is only asked about does not end a sweep"
     unread = seen_notes(seen_among(test, training | {"train": "nowhere"}, [gone], read), 3)
     assert len(unread) == 2
     assert all("is not known" in note for note in unread), "nothing was looked at, so nothing is said to be clean"

@@ -46,6 +46,7 @@ from cpc.pretrain import pretrain
 from cpc.sweep_labels import (
     bench_of,
     cells_of,
+    choices_of,
     lengths_of,
     share_of,
     sized_cnn,
@@ -912,6 +913,35 @@ def test_nothing_is_flipped_that_a_run_did_not_flip(configured, runs):
         assert cfg.augmentation.flip == flip
 
 
+@pytest.mark.parametrize(
+    ("overrides", "flip", "told"),
+    [
+        (["data=imagefolder", "data.root=photos"], 0.0, True),
+        (["data=imagefolder", "data.root=photos", "augmentation.flip=0.5"], 0.5, False),
+        (["data=mnist5k"], 0.0, False),
+    ],
+)
+def test_what_no_run_can_know_of_other_images_is_told(configured, caplog, overrides, flip, told):
+    """Of a run on digits: photographs may be mirrored, and their networks from scratch gain by it."""
+    cfg = configured("labels=[20]", *overrides)
+    take_over_(cfg)
+    assert cfg.augmentation.flip == flip
+    assert ("pass augmentation.flip=0 where left and right differ" in caplog.text) == told
+
+
+def test_digits_are_not_mirrored_for_a_run_that_says_nothing(configured, runs, tmp_path, caplog):
+    """An encoder from elsewhere, or one of photographs."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("encoder.json", "encoder.safetensors"):
+        shutil.copy(runs[0] / name, elsewhere / name)
+    for data, flip in (("data=mnist5k", 0.0), ("data=imagefolder", None)):
+        cfg = configured("labels=[20]", data, *(["data.root=x"] if flip is None else []), f"runs=[{elsewhere}]")
+        take_over_(cfg)
+        assert cfg.augmentation.flip == flip
+    assert "mirrored with a probability of 0.5" in caplog.text
+
+
 def test_fewer_seeds_above_a_tenth_and_choices_that_are_nested():
     labels = torch.arange(10).repeat(40)
     ids = torch.randperm(400, generator=torch.Generator().manual_seed(0))
@@ -1020,6 +1050,21 @@ def test_what_cannot_be_decoded_is_chosen_by_nobody(cached):
     }
     with pytest.raises(TooManyBadImages):
         decodable_choices(lambda labels: draw(labels, ids), train, BadImages(0.1, grace=1), 0)
+
+
+def test_a_broken_image_changes_no_choice_that_does_not_hold_it(configured):
+    """A folder may grow: an amount chooses the same alone and beside one that holds the image."""
+
+    def chosen(bad, *fractions):
+        cfg = configured(f"fractions={[*fractions]}", "seeds=1", "bad_images=1.0")
+        train = broken(*bad)
+        return choices_of(cfg, Splits(train, train))[LabelAmount("fraction", fractions[0]), 0].indices.tolist()
+
+    at_an_edge = 9.501 / 20  # ten of a class of 20, nine of 19
+    alone = chosen([], at_an_edge)
+    assert len(alone) == 20
+    outside = next(i for i in range(40) if i not in alone)
+    assert chosen([outside], at_an_edge) == chosen([outside], at_an_edge, 1.0) == alone
 
 
 def test_only_images_that_are_chosen_are_decoded(monkeypatch):

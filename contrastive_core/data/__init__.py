@@ -16,7 +16,7 @@ from contrastive_core.data.fractions import (
     only_labelled,
 )
 from contrastive_core.data.hub import huggingface
-from contrastive_core.data.identity import LabelSplit, dataset_digest, sample_ids, split_digest
+from contrastive_core.data.identity import LabelSplit, content_ids, dataset_digest, sample_ids, split_digest
 from contrastive_core.data.images import ImageDataset, Sample, UndecodableImage
 from contrastive_core.data.loading import (
     BadImages,
@@ -47,6 +47,7 @@ __all__ = [
     "UndecodableImage",
     "batch_indices",
     "check_shares",
+    "content_ids",
     "dataset_digest",
     "decodable",
     "decodable_rows",

@@ -27,7 +27,9 @@ LISTED = "label_list"
 _A_LIST = "pass a list of this data set's file names, one a line"
 
 
-def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0, ids: Tensor | None = None) -> Tensor:
+def label_fraction(
+    labels: Tensor, fraction: float, *, seed: int = 0, ids: Tensor | None = None, of: Tensor | None = None
+) -> Tensor:
     """The images that keep their labels when a share of them is kept: sorted indices, int64.
 
     Of a class of n images round(fraction n) are taken, and at least one. Rounded and not up, since a curve over few
@@ -38,13 +40,15 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0, ids: Tenso
         fraction: of the labelled images, above 0 and at most 1.
         seed: other seeds take other images; any integer.
         ids: `n` int64, the images' identities, as `sample_ids` gives them; None = their indices.
+        of: `n` integers, the labels that it is a share of, where some images have lost theirs since; None = `labels`.
 
     Raises ValueError for a fraction out of range, no labels, and fewer than one label a class to be had.
 
     Example: at 1.0, all labelled images; of `[0, 0, 1, 1, -1]` at 0.5, one image a class.
     """
-    classes = _rows_by_class(labels)
-    labelled = sum(map(len, classes))
+    whole = _rows_by_class(labels if of is None else of)
+    classes = [rows[labels[rows] >= 0] for rows in whole]
+    labelled = sum(map(len, whole))
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction {fraction}: pass a share of the labelled images above 0 and at most 1")
     if round(fraction * labelled, 6) < len(classes):  # 0.29 * 100 is less than 29
@@ -52,7 +56,7 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0, ids: Tenso
             f"fraction {fraction} of {labelled} labelled images is less than one for each of {len(classes)} classes: "
             f"pass at least {math.ceil(len(classes) / labelled * 1e4) / 1e4:g}, or labels_per_class=1"
         )
-    return _first(classes, [max(1, round(fraction * len(rows))) for rows in classes], seed, ids)
+    return _first(classes, [max(1, round(fraction * len(rows))) for rows in whole], seed, ids)
 
 
 def labels_per_class(labels: Tensor, count: int, *, seed: int = 0, ids: Tensor | None = None) -> Tensor:
@@ -86,15 +90,16 @@ class LabelAmount(NamedTuple):
         whole = math.isfinite(self.value) and self.value == int(self.value)
         return f"{self.kind}={int(self.value) if whole else self.value}"
 
-    def choose(self, labels: Tensor, *, seed: int = 0, ids: Tensor | None = None) -> Tensor:
+    def choose(self, labels: Tensor, *, seed: int = 0, ids: Tensor | None = None, of: Tensor | None = None) -> Tensor:
         """The images that keep their labels: sorted indices, int64. All kinds follow one order (`label_fraction`).
 
-        "labels" are as many of each class. Raises ValueError where there are not so many, or no such number of each.
+        "labels" are as many of each class; `of` is for fractions alone. Raises ValueError where there are not so many,
+        or no such number of each.
 
         Example: of `[0, 0, 1, 1, -1]`, `LabelAmount("labels", 4)` takes [0, 1, 2, 3].
         """
         if self.kind == "fraction":
-            return label_fraction(labels, self.value, seed=seed, ids=ids)
+            return label_fraction(labels, self.value, seed=seed, ids=ids, of=of)
         if self.kind not in ("labels", "labels_per_class") or not float(self.value).is_integer():
             raise ValueError(f"{self}: pass fraction=F, or whole numbers as labels=N or labels_per_class=N")
         count = int(self.value)

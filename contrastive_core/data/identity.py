@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from contrastive_core.data.images import Encoded, ImageDataset, Stored
+from contrastive_core.data.images import Encoded, ImageDataset, Stored, beginning_of
 
 SPLIT_VERSION = 1
 """Of the way splits are drawn. Any change that gives other images another number, and another digest to all splits."""
+
+BEGINNING = 4096
+"""Bytes of an image that are read to find its copies: its header, and of a photograph some of its pixels."""
 
 
 def sample_ids(dataset: ImageDataset) -> Tensor:
@@ -32,6 +37,28 @@ def sample_ids(dataset: ImageDataset) -> Tensor:
     if isinstance(source, Stored):
         return torch.tensor([_hash(source.identity(index)) for index in range(len(source))], dtype=torch.int64)
     return torch.tensor([_number(source[index]) for index in range(len(source))], dtype=torch.int64)
+
+
+def content_ids(dataset: ImageDataset) -> list[int | None]:
+    """A number for what each image holds, whatever it is called: the same for copies, None where it cannot be read.
+
+    Of its length and first bytes, which tell photographs apart: the rest of a million files is not read. So two images
+    of one number are one only where their pixels are. Images in shards that lie elsewhere have None.
+
+    Example: `train/cat/1.png` and its copy `all/17.png` have the same number.
+    """
+    return [_content(dataset.source, index) for index in range(len(dataset))]
+
+
+def _content(source: Sequence[Encoded] | np.ndarray, index: int) -> int | None:
+    try:
+        if isinstance(source, Stored):
+            part = source.beginning(index, BEGINNING)
+        else:
+            part = beginning_of(source[index], BEGINNING)
+    except (OSError, ValueError):
+        return None
+    return None if part is None else _hash(b"%d " % part[0] + part[1])
 
 
 def dataset_digest(dataset: ImageDataset) -> str:

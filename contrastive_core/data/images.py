@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,23 @@ class Stored(Sequence[Encoded]):
     def identity(self, index: int) -> bytes:
         """What `contrastive_core.data.identity` tells the image from others by."""
         raise NotImplementedError
+
+    def beginning(self, index: int, count: int) -> tuple[int, bytes] | None:
+        """As `beginning_of` the image; None where it lies so far away that a million of them take hours."""
+        return beginning_of(self[index], count)
+
+
+def beginning_of(encoded: Encoded, count: int) -> tuple[int, bytes]:
+    """How many bytes an image has, and its first `count`; of pixels all. Raises OSError for a file that is not there.
+
+    Example: of `b"abcd"` and 2, `(4, b"ab")`.
+    """
+    if isinstance(encoded, np.ndarray):
+        return encoded.nbytes, str(encoded.shape).encode() + encoded.tobytes()
+    if isinstance(encoded, bytes):
+        return len(encoded), encoded[:count]
+    with open(encoded, "rb") as file:
+        return os.fstat(file.fileno()).st_size, file.read(count)
 
 
 class UndecodableImage(ValueError):
