@@ -58,6 +58,8 @@ SIMCLR_RUN = ["tools/pretrain.py", "method=simclr", *ONE_THREAD]
 CALTECH = ["data=parquet", "image_size=96"]
 CIFAR10_CPC = [*CPC_RUN, "experiment=cifar10_cpc", "steps=16000"]
 SMALL_TRUNK = ["encoder=resnet_small", "encoder.width=64", "encoder.stem_stride=2", "batch_size=256", "precision=bf16"]
+CALTECH_CPC = [*CPC_RUN, *CALTECH, "patch={size: 24, stride: 12}", "precision=bf16", "steps=6400"]
+CALTECH_SIMCLR = [*SIMCLR_RUN, *SMALL_TRUNK, *CALTECH, "steps=490"]
 CIFAR10_SIMCLR = [*SIMCLR_RUN, *SMALL_TRUNK, "data=parquet", "load_size=32", "image_size=32", "steps=3800"]
 
 ONE_SETTING = [
@@ -114,13 +116,15 @@ STUDIES = {
     # 17 % in four times as many, 21 % with a stem besides, 23 % in eight times as many).
     "caltech101": Study(
         runs={
-            "cpc": [*CPC_RUN, *CALTECH, "patch={size: 24, stride: 12}", "precision=bf16", "steps=6400"],
-            "simclr": [*SIMCLR_RUN, *SMALL_TRUNK, *CALTECH, "steps=490"],
+            "cpc": CALTECH_CPC,
+            "simclr": CALTECH_SIMCLR,
+            "cpc-1": [*CALTECH_CPC, "seed=1"],
+            "simclr-1": [*CALTECH_SIMCLR, "seed=1"],
         },
         sweep=[
             *["readout=context", "precision=bf16", "cnn.widths=[32,64,128,256]", "+cnn.stem=imagenet"],
             *["scratch_times=8", "settings.scratch=[{lr: 2.0e-3, weight_decay: 0.05}]", *ONE_SETTING],
-            "encodings=4096",
+            *["encodings=4096", "few=0.2"],  # five choices of ten labels a class, too
         ],
         parts=[
             ["labels_per_class=[2,5,1]", "scratch=[logistic,cnn]", "protocols=[linear]", "random=[linear]"],

@@ -13,23 +13,28 @@ from contrastive_core.data import ImageDataset, Splits, UndecodableImage, conten
 from contrastive_core.data.images import Stored
 from cpc.foreign import READERS, run_data
 
+LOOKED_INTO = 200_000
+"""Images that are opened one by one to find copies under other names: on a network's disk they take minutes."""
+
 
 def count_seen(test: ImageDataset, others: ImageDataset) -> int:
     """How many test images are among others, at the size that both are decoded at.
 
     They are looked for by identity (`sample_ids`: bytes, or the end of a path) and by what they hold, whatever they are
     called (`content_ids`), and are the same where their pixels are: `train/cat/1.png` and `test/cat/1.png` may be two
-    images. Where one of the data sets is of pixels and the other of files, all are decoded.
+    images. Where one of the data sets is of pixels and the other of files, all are decoded. More than `LOOKED_INTO`
+    others are known by their identity alone.
 
     Example: of a data set in itself, all.
     """
     of_content = content_ids if _of_pixels(test) == _of_pixels(others) else _pixel_ids
-    asked = list(zip(sample_ids(test).tolist(), of_content(test), strict=True))
+    ways = [lambda images: sample_ids(images).tolist(), *([of_content] if len(others) <= LOOKED_INTO else [])]
     places: dict[int, list[int]] = {}
-    for numbers in (sample_ids(others).tolist(), of_content(others)):
-        for place, number in enumerate(numbers):
+    for way in ways:
+        for place, number in enumerate(way(others)):
             if number is not None:
                 places.setdefault(number, []).append(place)
+    asked = zip(*(way(test) for way in ways), strict=True)
     return sum(
         any(_same(test, index, others, place) for number in {*numbers} for place in places.get(number, ()))
         for index, numbers in enumerate(asked)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cpc.seen_images
 from contrastive_core.data import ImageDataset, Splits, content_ids, imagefolder, webdataset
 from cpc.seen_images import count_seen, seen_among, seen_notes
 
@@ -69,6 +70,19 @@ def test_copies_are_found_whatever_they_are_called(tmp_path, kind, turned):
     else:
         others = ImageDataset(encoded(copies) if kind == "bytes" else pictures[2:], size=8)
     assert count_seen(*((others, test) if turned else (test, others))) == 2
+
+
+def test_of_very_many_images_the_names_count(tmp_path, monkeypatch):
+    """A copy under another name, beside three others and beside two; and one under its own name."""
+    monkeypatch.setattr(cpc.seen_images, "LOOKED_INTO", 3)
+    pictures = noise(4, seed=0)
+    test = imagefolder(folder(tmp_path / "test", pictures[:1]), size=8).train
+    others = folder(tmp_path / "all", pictures) / "cat"
+    files = [others / f"{number}.png" for number in range(4)]
+    assert count_seen(test, ImageDataset(files, size=8)) == 1
+    files[0] = files[0].rename(files[0].with_name("9.png"))
+    assert count_seen(test, ImageDataset(files, size=8)) == 0
+    assert count_seen(test, ImageDataset(files[:3], size=8)) == 1
 
 
 def test_files_that_begin_alike_are_not_one(tmp_path):
