@@ -14,7 +14,7 @@ from contrastive_core.reading import read_json
 from cpc.label_bench import Bench, Cell, Plan
 from cpc.label_cells import CellFolder
 from cpc.label_curves import SCRATCH, CellResult
-from cpc.label_recipes import networks_from_scratch
+from cpc.label_recipes import RECIPES, networks_from_scratch
 from cpc.seen_images import LABELLED, seen_notes
 
 FROZEN = ("linear", "knn", "classifier")
@@ -82,10 +82,11 @@ def encoded_once(bench: Bench, cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def mirrored(plan: Plan) -> list[str]:
+def mirrored(plan: Plan, results: Sequence[CellResult]) -> list[str]:
     """How often labelled images are mirrored where a network learns from them, if that is what its views say."""
     pipelines = plan.described["views"].get("pipelines") or [{}]
-    if "flip" not in pipelines[0]:
+    networks = {name for name, recipe in RECIPES.items() if recipe.takes_steps}
+    if "flip" not in pipelines[0] or networks.isdisjoint(cell.protocol for cell in results):
         return []
     flip = USUAL_FLIP if pipelines[0]["flip"] is None else pipelines[0]["flip"]
     return [f"networks learn from images that are mirrored with a probability of {flip:g}"]

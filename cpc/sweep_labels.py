@@ -272,7 +272,7 @@ def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any
         about["other_networks"] = other_networks(groups, folder.trained_from_scratch())
         about["seen"] = of_runs_that_are_there(about["seen"], groups)
         about["notes"] = notes(about, folder) + lengths_from_scratch(bench.plan, results)
-        about["notes"] += mirrored(bench.plan) + encoded_once(bench, cells)
+        about["notes"] += mirrored(bench.plan, results) + encoded_once(bench, cells)
         write_report(out, results, bench.test.labels, about)
 
 

@@ -198,6 +198,7 @@ def test_the_report_says_what_encoding_once_saves(configured, tmp_path):
     assert (cells, again) == (20, 2 * 5 * (20 + 100 + 100 + 100))
     assert 2 * (100 + 100) < once < 2 * (500 + 100)
     assert said.endswith(f"{again / once:.1f} times as many")
+    assert "mirrored" not in (tmp_path / "out/report.md").read_text(), "no network learns"
 
 
 def test_another_command_s_runs_stay_known(configured, runs, tmp_path):
@@ -460,6 +461,7 @@ def test_the_report_says_how_long_networks_from_scratch_were_trained(configured,
     report = (tmp_path / "out/report.md").read_text()
     assert said in report
     assert "may be too low" not in report
+    assert "- networks learn from images that are mirrored with a probability of 0\n" in report
 
 
 def test_the_report_says_where_steps_were_cut_short(configured, tmp_path):
