@@ -136,7 +136,8 @@ def _say(axes: Axes, arrow: SavingArrow, colour: str, taken: list[Bbox]) -> None
             arrowprops=lead if away > 1 else None,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},  # a curve may pass behind it
         )
-        place = Text.get_window_extent(words).padded(2)  # without the line
+        words.get_window_extent()  # only now is it where it belongs; with its line, which may cross others
+        place = Text.get_window_extent(words).padded(2)
         if not any(place.overlaps(other) for other in taken):
             break
         words.remove()

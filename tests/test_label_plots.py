@@ -34,6 +34,14 @@ def arrows_of(axes: Axes) -> list[tuple[float, float, float, float]]:
     return [(*text.xyann, *text.xy) for text in heads]
 
 
+def places_of(axes: Axes) -> list[Bbox]:
+    """Where what arrows say lies, without the lines that tie it to them."""
+    words = [text for text in axes.texts if text.get_text()]
+    for text in words:
+        text.get_window_extent()  # puts it where it belongs
+    return [Text.get_window_extent(text) for text in words]
+
+
 def said(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts if text.get_text()]
 
@@ -123,7 +131,7 @@ def test_arrows_that_are_not_sure_are_dotted_and_the_legend_says_so():
 def test_no_saving_covers_another_or_an_arrow():
     near = [SavingArrow(10, height, Saving(10.0, 10.0), curve) for height, curve in ((0.5, 1), (0.505, 2), (0.52, 1))]
     axes = axes_of(SCRATCH, FROZEN, TUNED, arrows=near)
-    places = [Text.get_window_extent(text) for text in axes.texts if text.get_text()]
+    places = places_of(axes)
     ends = [[(10, 100 * arrow.accuracy), (100, 100 * arrow.accuracy)] for arrow in near]
     taken = [Bbox(axes.transData.transform(both)) for both in ends]
     for place in places:
@@ -148,7 +156,7 @@ def test_what_many_short_arrows_say_lies_apart():
     wide = Curve("far", {10: [0.2], 1000: [0.9]})
     short = [SavingArrow(10, 0.5 + place / 150, Saving(1.9, 1.9), place) for place in range(5)]
     axes = axes_of(wide, *(Curve(f"arm {place}", {10: [0.5 + place / 150]}) for place in range(4)), arrows=short)
-    places = [Text.get_window_extent(text) for text in axes.texts if text.get_text()]
+    places = places_of(axes)
     assert len(places) == 5
     led = [text.arrow_patch is not None for text in axes.texts if text.get_text()]
     assert any(led), "one that lies far from its arrow is tied to it"
