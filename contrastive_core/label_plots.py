@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from contrastive_core.evaluate.label_saving import Saving
-from contrastive_core.plots import BLUE, INK, MUTED, RUST, new_figure, tidy_axes
+from contrastive_core.plots import BLUE, INK, MUTED, PALE, RUST, new_figure, tidy_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +75,7 @@ def label_figure(
     axes.set_xticks(counts, [f"{labels:,}" for labels in counts])
     axes.set_xticks([], minor=True)
     tidy_axes(axes, "labels", f"{measure} (%)")
-    axes.legend(frameon=False, labelcolor=INK, loc="best")
+    axes.legend(labelcolor=INK, loc="best", edgecolor=PALE)  # framed: a single point beside it is none of its own
     figure.draw_without_rendering()  # only then is it known where the axes lie
     taken = [axes.transData.transform_bbox(_shaft(arrow)) for arrow in drawn]
     for arrow in drawn:

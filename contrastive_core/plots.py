@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, BLUE, RUST, MUTED = "#222222", "#2166ac", "#b2521b", "#8a8a8a"
+INK, BLUE, RUST, MUTED, PALE = "#222222", "#2166ac", "#b2521b", "#8a8a8a", "#e6e6e6"
 RIGHT, WRONG = "#1a9850", "#d73027"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -50,7 +50,7 @@ def tidy_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=INK, length=3)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.grid(axis="y", color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
