@@ -45,6 +45,10 @@ class CellFolder:
         self._failure(cell).parent.mkdir(parents=True, exist_ok=True)
         self._failure(cell).write_text(f"{cell}: {wrong}\n")
 
+    def there(self) -> set[Path]:
+        """The files of cells that are done, and of those that went wrong."""
+        return {*self._files(), *self.path.rglob("*.failed")}
+
     def results(self) -> list[CellResult]:
         """Of all cells that are done."""
         return read_results(self._files())

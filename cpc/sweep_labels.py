@@ -247,7 +247,10 @@ def sweep(cfg: DictConfig) -> Path:
         if (began := time.monotonic()) > due:
             _report(out, cells, bench, about)
             due = time.monotonic() + max(REPORT_EVERY, 10 * (time.monotonic() - began))
-    _report(out, cells, bench, about)
+    drawn = None
+    while (there := folder.there()) != drawn:  # of shards that end together the one that looked first may write last
+        _report(out, cells, bench, about)
+        drawn = there
     if failed:
         raise Incomplete(f"{len(failed)} of {len(mine)} cells failed: the same command tries them again")
     return out

@@ -656,6 +656,26 @@ def test_shards_as_the_page_has_them_with_hydra_itself(runs, tmp_path, call_tool
     assert len(files(tmp_path / "out")) == 8
 
 
+def test_a_cell_that_comes_while_the_curve_is_drawn_is_in_it(configured, tmp_path, monkeypatch):
+    """Two shards come to their ends together, and the one that knows less writes last."""
+    few = ["labels=[20]", "seeds=2", "scratch=[svm]", "random=[]", "protocols=[]"]
+    sweep(configured(*few))
+    (late,) = (tmp_path / "out/cells").rglob("*-seed1.json")
+    aside = late.rename(tmp_path / late.name)
+    write, drawn = cpc.sweep_labels.write_report, []
+
+    def while_another_ends(out, results, truth, about):
+        drawn.append(len(results))
+        if aside.exists():
+            aside.rename(late)
+        write(out, results, truth, about)
+
+    monkeypatch.setattr(cpc.sweep_labels, "write_report", while_another_ends)
+    sweep(configured(*few, "shards=2", "shard=0"))
+    assert drawn == [1, 2]
+    assert "\n2 of 2 cells; " in (tmp_path / "out/report.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm", "ray"])
