@@ -107,7 +107,10 @@ def seen_notes(seen: Seen, images: int) -> list[str]:
     """
     named = {run: f"those that {run} was pre-trained on" if run else "the training images" for run in seen}
     if all(count == 0 for count in seen.values()):
-        return ["no test image was found among those that were trained on, by its bytes or the end of its path"]
+        return [
+            "no test image was found among those that were trained on, by the end of its path, or by its bytes "
+            f"(of up to {LOOKED_INTO:,} images, none of them in shards on a server)"
+        ]
     unknown = {run: why for run, why in seen.items() if isinstance(why, str)}
     return [
         *(f"whether test images are among {named[run]} is not known: {why}" for run, why in unknown.items()),

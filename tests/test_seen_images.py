@@ -138,7 +138,8 @@ def test_the_report_says_what_was_seen_by_whom_and_what_is_not_known(run, tmp_pa
     seen = seen_among(test, training, [clean, same], read)
     assert list(seen.values()) == [0, 0, 0]
     assert seen_notes(seen, 3) == [
-        "no test image was found among those that were trained on, by its bytes or the end of its path"
+        "no test image was found among those that were trained on, by the end of its path, or by its bytes "
+        "(of up to 200,000 images, none of them in shards on a server)"
     ]
     assert asked == [("labelled", 8), ("clean", 8)], "each data set once"
     seen = seen_among(test, training, [leaky, gone, str(tmp_path)], read)
