@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 import numpy as np
@@ -56,7 +56,7 @@ from cpc.evaluate import extract, labelled
 from cpc.features import load_encoder, load_head
 from cpc.mistakes import wants_traceback
 from cpc.pretrain import PretrainSchema, pretrain
-from cpc.run import check_numbers, plain
+from cpc.run import as_written, check_numbers, plain
 from cpc.run_folder import check_folder
 
 FIGURES = ("heatmap", "lines")
@@ -429,7 +429,7 @@ def described(numbers: dict[str, Any]) -> str:
 
 def read_grid(cfg: DictConfig) -> Grid:
     """The ablation's description; references in its overrides are for the cells to resolve."""
-    described = cast(dict[str, Any], OmegaConf.to_container(cfg.ablation, resolve=False))
+    described = as_written(cfg.ablation)
     return Grid(**described)
 
 

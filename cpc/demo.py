@@ -109,11 +109,11 @@ POINT = (4,)
 SHORTER = "scratch_times=4"
 """Of all three, whose cells are in one folder; ten times, as by default, are a point better with 40 digits."""
 FROZEN = [
-    SHORTER, "seeds=2", "readout=grid", "protocols=[linear]", "scratch=[logistic,svm]", "random=[]",
+    SHORTER, "draws=2", "readout=grid", "protocols=[linear]", "scratch=[logistic,svm]", "random=[]",
     "settings.linear=[{cells:2}]",
 ]  # fmt: skip
 ONE_POINT = [
-    SHORTER, "seeds=1", "readout=context", "protocols=[finetune]", "scratch=[cnn]", "random=[]",
+    SHORTER, "draws=1", "readout=context", "protocols=[finetune]", "scratch=[cnn]", "random=[]",
     "settings.finetune=[{lr:0.1,weight_decay:1e-3,encoder_lr:5e-4}]", "settings.scratch=[{lr:2e-3,weight_decay:0.05}]",
 ]  # fmt: skip
 """With settings that were fixed beforehand: choosing takes five times as long."""

@@ -40,9 +40,10 @@ from contrastive_core.methods.classifier import Classifier
 from cpc.encoder_card import classifier_card, known_architecture, read_card
 from cpc.entry import build, command, start_accelerator, warn_of_unread_keys
 from cpc.features import FrozenClassifier, load_classifier, load_head, read_encoder
-from cpc.foreign import check_plain, run_config, run_data
+from cpc.foreign import run_data
+from cpc.mirroring import labelled_flip, run_crop_and_flip
 from cpc.pretrain import PretrainSchema, encoder_card
-from cpc.run import Pieces, check_recipe, train_run
+from cpc.run import Pieces, as_written, check_recipe, plain, train_run
 from cpc.two_phases import settle_grid_, two_phases
 
 LARGEST_CONFUSION = 100
@@ -91,32 +92,10 @@ def take_over_(cfg: DictConfig, run: str) -> None:
     cfg.mean, cfg.std = list(fed["mean"]), list(fed["std"])
     if cfg.data is None:
         cfg.data = {**run_data(run), "size": "${load_size}"}
-    for name, value in run_crop_and_flip(run).items():
-        if cfg.augmentation.get(name) is None:
-            cfg.augmentation[name] = value
-
-
-def run_crop_and_flip(run: str) -> dict[str, Any]:
-    """A run's own range of crops and probability of flips, each None where it does not say.
-
-    A run that flipped nothing has a probability of 0: its images may have a handedness.
-    """
-    written, before = run_config(run)
-    theirs = before.get("augmentation")
-    own = {name: theirs.get(name) if isinstance(theirs, dict) else None for name in ("crop", "flip")}
-    check_plain(own, written)
-    if own["flip"] is None and _never_flips(before.get("views")):
-        own["flip"] = 0.0
-    return own
-
-
-def _never_flips(views: Any) -> bool:
-    """Whether views are patches of images that were not flipped, or pipelines that have no flip at all."""
-    steps, pipelines = (views.get(name) if isinstance(views, dict) else None for name in ("image_augment", "pipelines"))
-    if isinstance(steps, list):
-        return not any("Flip" in str(step.get("_target_")) for step in steps)
-    without = "contrastive_core.augment.views.digits"
-    return isinstance(pipelines, list) and all(str(each.get("_target_")) == without for each in pipelines)
+    if cfg.augmentation.get("crop") is None:
+        cfg.augmentation.crop = run_crop_and_flip(run)["crop"]
+    if cfg.augmentation.get("flip") is None:
+        cfg.augmentation.flip = labelled_flip(plain(cfg.data), [run], as_written(cfg.views))
 
 
 def architecture_node(card: dict[str, Any]) -> dict[str, Any]:

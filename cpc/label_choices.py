@@ -44,12 +44,12 @@ def drawn_choices(
     labels: Tensor,
     ids: Tensor,
     *,
-    seeds: int,
+    draws: int,
     few: float,
-    seeds_above: int,
+    draws_above: int,
     of: Tensor | None = None,
 ) -> Choices:
-    """What every amount and seed choose: `seeds` up to the share `few` of the labels, `seeds_above` above it.
+    """What every amount and seed choose: `draws` seeds up to the share `few` of the labels, `draws_above` above it.
 
     Args:
         labels, ids: `n` int64, of all training images; -1 = none.
@@ -65,7 +65,7 @@ def drawn_choices(
         if others:
             raise ValueError(f"{amount} and {others[0]} are {count} labels both: leave one of them out")
         # a share of every class is rounded, so that its sum may be a little more
-        for seed in range(seeds if count <= few * len(labelled) + len(labelled.unique()) / 2 else seeds_above):
+        for seed in range(draws if count <= few * len(labelled) + len(labelled.unique()) / 2 else draws_above):
             indices = amount.choose(labels, seed=seed, ids=ids, of=of)
             choices[amount, seed] = LabelSplit(indices, split_digest(ids, labels, indices))
     return choices

@@ -15,12 +15,11 @@ from cpc.label_bench import Bench, Cell, Plan
 from cpc.label_cells import CellFolder
 from cpc.label_curves import SCRATCH, CellResult
 from cpc.label_recipes import RECIPES, networks_from_scratch
+from cpc.mirroring import USUAL_FLIP, views_mirror
 from cpc.seen_images import LABELLED, seen_notes
 
 FROZEN = ("linear", "knn", "classifier")
 """Protocols on features of a frozen encoder."""
-USUAL_FLIP = 0.5
-"""The probability with which views=labelled mirrors where nothing is said."""
 
 
 # ---- what all commands in a folder know ----
@@ -84,11 +83,12 @@ def encoded_once(bench: Bench, cells: Sequence[Cell]) -> list[str]:
 
 def mirrored(plan: Plan, results: Sequence[CellResult]) -> list[str]:
     """How often labelled images are mirrored where a network learns from them, if that is what its views say."""
-    pipelines = plan.described["views"].get("pipelines") or [{}]
+    views = plan.described["views"]
     networks = {name for name, recipe in RECIPES.items() if recipe.takes_steps}
-    if "flip" not in pipelines[0] or networks.isdisjoint(cell.protocol for cell in results):
+    if not views_mirror(views) or networks.isdisjoint(cell.protocol for cell in results):
         return []
-    flip = USUAL_FLIP if pipelines[0]["flip"] is None else pipelines[0]["flip"]
+    flip = views["pipelines"][0]["flip"]
+    flip = USUAL_FLIP if flip is None else flip
     return [f"networks learn from images that are mirrored with a probability of {flip:g}"]
 
 

@@ -62,6 +62,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
+def as_written(cfg: DictConfig) -> dict[str, Any]:
+    """The same with references as they are, which may be to keys that nobody has filled in yet."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+
+
 # the least that a number may be; whatever is wrong with a run is best said before anything is read or written
 _AT_LEAST = {
     "steps": 1,

@@ -37,7 +37,7 @@ from cpc.finetune import (
     let_classifier_decay_,
 )
 from cpc.pretrain import build_method, pretrain
-from cpc.run import check_numbers
+from cpc.run import as_written, check_numbers
 from cpc.run_folder import check_folder, claimed, may_change
 
 TOOLS = ("pretrain", "finetune", "distill")
@@ -110,7 +110,7 @@ def _in_hydras_grammar(value: Any) -> str:
 
 def step_config(cfg: DictConfig, tool: str, own: dict[str, Any]) -> DictConfig:
     """The configuration of one tool: what the steps share, then its `own`, then what the command line says of it."""
-    theirs = OmegaConf.to_container(cfg[tool], resolve=False)
+    theirs = as_written(cfg[tool])
     assert isinstance(theirs, dict)
     given = {name: cfg[name] for name in SHARED} | own | dict(flattened(theirs))  # type: ignore[arg-type]
     composed = hydra.compose(tool, [as_override(name, value) for name, value in given.items()])
@@ -251,7 +251,7 @@ def simclr_v2(cfg: DictConfig) -> Path:
     accelerator = start_accelerator(
         precision=cfg.precision, device=cfg.device, threads=cfg.threads, timeout=cfg.timeout
     )
-    out, config = Path(cfg.out), OmegaConf.to_container(cfg, resolve=False)
+    out, config = Path(cfg.out), as_written(cfg)
     assert isinstance(config, dict)
     del config["out"]  # however the folder is called from where one stands
     asked: dict[str, Any] = {str(key): value for key, value in config.items()}

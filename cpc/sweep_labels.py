@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,6 @@ from contrastive_core.encoders import small_cnn_for
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete, build, check_complete, command, start_accelerator
 from cpc.evaluate import labelled
-from cpc.finetune import run_crop_and_flip
 from cpc.foreign import run_config, run_data
 from cpc.label_arms import arms_of, grouped_runs, has_patches, other_networks
 from cpc.label_bench import Bench, Cell, Plan
@@ -50,7 +49,6 @@ from cpc.label_choices import Choices, check_classes, decodable_choices, drawn_c
 from cpc.label_costs import duration, planned_seconds
 from cpc.label_curves import SCRATCH
 from cpc.label_notes import (
-    USUAL_FLIP,
     encoded_once,
     lengths_from_scratch,
     mirrored,
@@ -61,9 +59,10 @@ from cpc.label_notes import (
 from cpc.label_protocols import Both, Length
 from cpc.label_recipes import run_cell
 from cpc.label_report import write_failures, write_report
+from cpc.mirroring import labelled_flip
 from cpc.mistakes import wants_traceback
-from cpc.run import plain
-from cpc.run_folder import check_no_file, differing_keys
+from cpc.run import as_written, plain
+from cpc.run_folder import check_no_file
 from cpc.seen_images import seen_among
 from cpc.sweep_schema import SweepSchema, amounts_of, check_asked
 
@@ -87,37 +86,9 @@ def take_over_(cfg: DictConfig) -> None:
     if cfg.data is None:
         cfg.data = {**run_data(first), "size": "${load_size}"}
     if cfg.augmentation.flip is None:
-        cfg.augmentation.flip = labelled_flip(plain(cfg.data), list(cfg.runs))
+        cfg.augmentation.flip = labelled_flip(plain(cfg.data), list(cfg.runs), as_written(cfg.views))
     cfg.cnn = sized_cnn(plain(cfg.cnn), max(fed["image_size"] for fed in inputs))
     check_complete(cfg)
-
-
-def labelled_flip(data: Mapping[str, Any], runs: Sequence[str]) -> float | None:
-    """The probability with which labelled images are mirrored: 0 of digits, else the least that runs say; None = 0.5.
-
-    Mirrored images that mean something else cost those the most that learn from labels alone, and what is saved would
-    be too large. So what no run can know, of images that none was trained on, is told in the log.
-    """
-    if data["_target_"] == "contrastive_core.data.mnist5k":
-        return 0.0
-    said = [flip for run in runs if (flip := run_crop_and_flip(run)["flip"]) is not None]
-    flip = min(said, default=None)
-    if not any(_trained_on(data, run) for run in runs):
-        logger.warning(
-            "no run was trained on these images, which are mirrored with a probability of %g: pass "
-            "augmentation.flip=0 where left and right differ, as in letters, and 0.5 for photographs",
-            USUAL_FLIP if flip is None else flip,
-        )
-    return flip
-
-
-def _trained_on(data: Mapping[str, Any], run: str) -> bool:
-    """Whether a run was trained on the training images of this data; not where it does not say."""
-    try:
-        theirs = run_data(run)
-    except (FileNotFoundError, ValueError):
-        return False
-    return not set(differing_keys(dict(data), theirs)) - {"size", "test", "cache"}
 
 
 def sized_cnn(node: dict[str, Any], image_size: int) -> dict[str, Any]:
@@ -216,11 +187,11 @@ def bench_of(cfg: DictConfig) -> Bench:
 def choices_of(cfg: DictConfig, splits: Splits) -> Choices:
     """Which labels of the training images every cell learns from; mistakes are told before any image is decoded."""
     train, ids = splits.train, sample_ids(splits.train)
-    seeds = {"seeds": cfg.seeds, "few": cfg.few, "seeds_above": cfg.seeds_above, "of": train.labels}
+    draws = {"draws": cfg.draws, "few": cfg.few, "draws_above": cfg.draws_above, "of": train.labels}
     listed = {LabelList(file): labels_listed(train, file) for file in cfg.label_lists}
 
     def choose(labels: Tensor) -> Choices:
-        return listed_choices(listed, labels, ids) if listed else drawn_choices(amounts_of(cfg), labels, ids, **seeds)
+        return listed_choices(listed, labels, ids) if listed else drawn_choices(amounts_of(cfg), labels, ids, **draws)
 
     return decodable_choices(choose, train, BadImages(cfg.bad_images), cfg.workers)
 

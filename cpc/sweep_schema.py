@@ -53,9 +53,9 @@ class SweepSchema:
     labels: list[int]
     labels_per_class: list[int]
     label_lists: list[str]
-    seeds: int
+    draws: int
     few: float
-    seeds_above: int
+    draws_above: int
     protocols: list[str]
     random: list[str]
     scratch: list[str]
@@ -124,7 +124,7 @@ def _check_arms(cfg: DictConfig) -> None:
 
 
 def _check_numbers(cfg: DictConfig) -> None:
-    least = dict.fromkeys(("seeds", "seeds_above", "batch_size", "encodings", "shards"), 1)
+    least = dict.fromkeys(("draws", "draws_above", "batch_size", "encodings", "shards"), 1)
     for name, number in (least | {"workers": 0, "head_layer": 0}).items():
         if cfg[name] < number:
             raise ValueError(f"{name}={cfg[name]}: pass at least {number}")

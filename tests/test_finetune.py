@@ -31,6 +31,7 @@ from cpc.finetune import (
     labelled_test,
     let_classifier_decay_,
     settle_,
+    take_over_,
 )
 from cpc.pretrain import pretrain
 from cpc.run import check_numbers
@@ -431,6 +432,25 @@ def test_a_runs_config_calls_no_code_but_our_readers(simclr_run, tmp_path):
     (tmp_path / "encoder.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"encoder 'os\.system' is not one of"):
         settle_(composed("finetune", f"run={tmp_path}", "labels=20", "data=mnist5k"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flip", "told"),
+    [
+        ([], 0.0, False),
+        (["data=mnist5k"], 0.0, False),
+        (["data=imagefolder", "data.root=photos"], 0.0, True),
+        (["data=imagefolder", "data.root=photos", "augmentation.flip=0.5"], 0.5, False),
+        (["data=imagefolder", "data.root=photos", "views=digits"], 0.0, False),
+    ],
+)
+def test_what_a_run_cannot_know_of_other_images_is_told(simclr_run, caplog, overrides, flip, told):
+    """Of a run on digits, which were not mirrored: photographs may be, and who learns from their labels gains by it."""
+    cfg = composed("finetune", f"run={simclr_run}", "labels=20", *overrides)
+    take_over_(cfg, str(simclr_run))
+    assert cfg.augmentation.flip == flip
+    warning = f"{simclr_run} was not trained on these images, which are mirrored with a probability of 0: pass"
+    assert (warning in caplog.text) == told
 
 
 def test_a_run_that_was_not_tuned_has_no_classifier(simclr_run):

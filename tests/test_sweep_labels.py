@@ -118,7 +118,7 @@ def files(folder):
 def swept(runs, tmp_path_factory):
     """A sweep with every protocol and every kind of first weights, in its folder."""
     out = tmp_path_factory.mktemp("sweep")
-    few = ["labels=[20]", "fractions=[0.01]", "seeds=2", "random=[knn]"]
+    few = ["labels=[20]", "fractions=[0.01]", "draws=2", "random=[knn]"]
     protocols = "protocols=[linear,knn,classifier,finetune,head]"
     cfg = composed("sweep_labels", f"runs=[{','.join(map(str, runs))}]", f"out={out}", *SMALL, *STEPS, *few, protocols)
     return sweep(cfg)
@@ -179,7 +179,7 @@ def test_the_summary_says_what_is_saved_and_what_is_not_known(swept, runs):
 
 def test_a_second_time_nothing_is_done_again(swept, runs, capsys):
     before = files(swept)
-    few = ["labels=[20]", "fractions=[0.01]", "seeds=2", "random=[knn]"]
+    few = ["labels=[20]", "fractions=[0.01]", "draws=2", "random=[knn]"]
     protocols = "protocols=[linear,knn,classifier,finetune,head]"
     folders = ",".join(map(str, runs))
     sweep(composed("sweep_labels", f"runs=[{folders}]", f"out={swept}", *SMALL, *STEPS, *few, protocols))
@@ -192,7 +192,7 @@ def test_a_second_time_nothing_is_done_again(swept, runs, capsys):
 
 def test_the_report_says_what_encoding_once_saves(configured, tmp_path):
     """Two encoders; 5 choices of 20 and of 100 labels, 100 test images, and as many images in use as they hold."""
-    sweep(configured("labels=[20,100]", "protocols=[linear]", "random=[linear]", "scratch=[svm]", "seeds_above=5"))
+    sweep(configured("labels=[20,100]", "protocols=[linear]", "random=[linear]", "scratch=[svm]", "draws_above=5"))
     (said,) = (line for line in (tmp_path / "out/report.md").read_text().splitlines() if "encoded once" in line)
     once, cells, again = (int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", said)[:3])
     assert (cells, again) == (20, 2 * 5 * (20 + 100 + 100 + 100))
@@ -202,7 +202,7 @@ def test_the_report_says_what_encoding_once_saves(configured, tmp_path):
 
 
 def test_another_command_s_runs_stay_known(configured, runs, tmp_path):
-    few = ["labels=[20]", "seeds=1", "random=[]", "protocols=[knn]", "scratch=[logistic]"]
+    few = ["labels=[20]", "draws=1", "random=[]", "protocols=[knn]", "scratch=[logistic]"]
     for use in (slice(0, 2), slice(2, 3), slice(0, 1)):  # the last names one of two repeats
         sweep(configured(*few, use=use))
     summary = json.loads((tmp_path / "out/summary.json").read_text())
@@ -217,7 +217,7 @@ def test_what_another_command_s_run_has_seen_stays_in_the_report(configured, run
     written = OmegaConf.load(leaky / "config.yaml")
     written.data.train = written.data.test
     OmegaConf.save(written, leaky / "config.yaml")
-    few = ["labels=[20]", "seeds=1", "random=[]", "protocols=[knn]", "scratch=[logistic]"]
+    few = ["labels=[20]", "draws=1", "random=[]", "protocols=[knn]", "scratch=[logistic]"]
     data = OmegaConf.load(runs[0] / "config.yaml").data
     sweep(configured(*few, f"runs=[{leaky}]", "data=parquet", f"data.train={data.train}", f"data.test={data.test}"))
     sweep(configured(*few))
@@ -230,7 +230,7 @@ def test_what_another_command_s_run_has_seen_stays_in_the_report(configured, run
 
 def test_the_same_network_is_that_of_the_cells_whichever_command_made_them(configured, runs, tmp_path):
     """SimCLR has another: its command trains nothing from scratch, and comes last or first."""
-    few = ["labels=[20]", "seeds=1", "random=[]", "protocols=[knn]"]
+    few = ["labels=[20]", "draws=1", "random=[]", "protocols=[knn]"]
     commands = {"scratch=[image]": slice(0, 1), "scratch=[]": slice(2, 3)}
     for out, order in (("a", list(commands)), ("b", list(commands)[::-1])):
         for scratch in order:
@@ -241,7 +241,7 @@ def test_the_same_network_is_that_of_the_cells_whichever_command_made_them(confi
 
 
 def test_every_command_that_made_a_folder_stands_in_its_report(configured, tmp_path, monkeypatch):
-    few = ["seeds=1", "random=[]", "protocols=[]", "scratch=[svm]"]
+    few = ["draws=1", "random=[]", "protocols=[]", "scratch=[svm]"]
     for labels in ("labels=[20]", "labels=[40]", "labels=[20]"):
         monkeypatch.setattr("sys.argv", ["tools/sweep_labels.py", labels])
         sweep(configured(*few, labels))
@@ -270,7 +270,7 @@ def test_the_command_in_the_report_is_the_user_s_own(monkeypatch, tool, shown):
 
 def test_two_runs_do_not_become_one_curve(configured, tmp_path):
     """Neither with other labels, nor with another protocol, where no cell is asked for that is there."""
-    few = ["seeds=1", "random=[]", "scratch=[]"]
+    few = ["draws=1", "random=[]", "scratch=[]"]
     sweep(configured(*few, "labels=[20]", "protocols=[knn]"))
     before = files(tmp_path / "out")
     for labels, protocol in ((40, "knn"), (20, "linear")):
@@ -283,7 +283,7 @@ def test_two_runs_do_not_become_one_curve(configured, tmp_path):
 
 def test_another_choice_of_as_many_labels_is_refused(configured, tmp_path):
     """Of classes of unequal size 40 labels are one choice by the number in all, another by the number a class."""
-    arms = ["seeds=1", "random=[]", "scratch=[]", "protocols=[knn]"]
+    arms = ["draws=1", "random=[]", "scratch=[]", "protocols=[knn]"]
     sweep(configured(*arms, "labels_per_class=[4]"))
     cell = next((tmp_path / "out/cells").rglob("*.json"))
     cell.write_text(json.dumps(json.loads(cell.read_text()) | {"split": "0" * 12}))
@@ -292,13 +292,13 @@ def test_another_choice_of_as_many_labels_is_refused(configured, tmp_path):
 
 
 def test_a_network_that_has_no_patches_is_not_trained_on_them(configured, tmp_path):
-    sweep(configured("labels=[20]", "seeds=1", "random=[]", "scratch=[patches]", "protocols=[knn]", use=slice(2, 3)))
+    sweep(configured("labels=[20]", "draws=1", "random=[]", "scratch=[patches]", "protocols=[knn]", use=slice(2, 3)))
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert {row["method"] for row in summary["accuracies"]} == {"SimCLR"}
     assert any(note.startswith("no network on patches from scratch: the first run") for note in summary["notes"])
 
 
-QUICK = ["labels=[20,40]", "seeds=2", "scratch=[svm]", "random=[]", "protocols=[knn]"]
+QUICK = ["labels=[20,40]", "draws=2", "scratch=[svm]", "random=[]", "protocols=[knn]"]
 
 
 def test_a_killed_sweep_does_only_what_is_missing(configured, tmp_path, monkeypatch):
@@ -383,7 +383,7 @@ def test_an_arm_that_cannot_even_be_timed_does_not_stop_the_rest(
 
 
 def test_a_cell_that_is_no_whole_file_is_named(configured, tmp_path):
-    few = ["labels=[20]", "seeds=1", "scratch=[]", "random=[]", "protocols=[knn]"]
+    few = ["labels=[20]", "draws=1", "scratch=[]", "random=[]", "protocols=[knn]"]
     sweep(configured(*few))
     (written,) = files(tmp_path / "out")
     written.write_text(written.read_text()[:100])
@@ -392,7 +392,7 @@ def test_a_cell_that_is_no_whole_file_is_named(configured, tmp_path):
 
 
 def test_a_summary_that_is_no_whole_file_costs_nothing(configured, tmp_path):
-    few = ["labels=[20]", "seeds=1", "scratch=[]", "random=[]", "protocols=[knn]"]
+    few = ["labels=[20]", "draws=1", "scratch=[]", "random=[]", "protocols=[knn]"]
     sweep(configured(*few))
     (tmp_path / "out/summary.json").write_text("")
     sweep(configured(*few))
@@ -405,7 +405,7 @@ WORKS = "{lr:2e-3,weight_decay:0.0}"
 
 def test_a_setting_that_diverges_is_not_chosen(configured, tmp_path):
     """It is tried first, and with one label a class it would be taken."""
-    cnn = ["labels=[20]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
+    cnn = ["labels=[20]", "draws=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
     sweep(configured(*cnn, f"settings.scratch=[{DIVERGES},{WORKS}]", "scratch_times=2"))
     (cell,) = files(tmp_path / "out")
     assert json.loads(cell.read_text())["setting"] == {"lr": 2e-3, "weight_decay": 0.0}
@@ -432,7 +432,7 @@ def test_the_ordinary_network_is_sized_by_the_largest_images(runs):
 
 
 def test_a_cell_of_settings_that_all_diverge_says_what_to_pass(configured, capsys):
-    cnn = ["labels=[20]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
+    cnn = ["labels=[20]", "draws=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
     with pytest.raises(Incomplete, match="1 of 1 cells failed: the same command tries them again"):
         sweep(configured(*cnn, f"settings.scratch=[{DIVERGES}]", "scratch_times=2"))
     said = r"scratch cnn: labels=20, seed 0, \w+: failed: FloatingPointError: the .* at step \d+: pass settings with a"
@@ -441,7 +441,7 @@ def test_a_cell_of_settings_that_all_diverge_says_what_to_pass(configured, capsy
 
 def test_a_failed_cell_leaves_the_other_shards_alone(runs, tmp_path, call_tool, capsys):
     """Shard 0 has the cells of 20 labels, whose CNN diverges; shard 1 comes after it."""
-    cells = ["labels=[20,40]", "seeds=1", "scratch=[cnn,svm]", "random=[]", "protocols=[]"]
+    cells = ["labels=[20,40]", "draws=1", "scratch=[cnn,svm]", "random=[]", "protocols=[]"]
     diverges = [f"settings.scratch=[{DIVERGES}]", "scratch_times=2"]
     shards = ["-m", "shard=0,1", "shards=2"]
     out = f"out={tmp_path / 'out'}"
@@ -455,8 +455,8 @@ def test_a_failed_cell_leaves_the_other_shards_alone(runs, tmp_path, call_tool, 
 
 
 def test_the_report_says_how_long_networks_from_scratch_were_trained(configured, tmp_path):
-    sweep(configured("labels=[20,40]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"))
-    sweep(configured("labels=[20]", "seeds=1", "scratch=[svm]", "random=[]", "protocols=[]"))
+    sweep(configured("labels=[20,40]", "draws=1", "scratch=[cnn]", "random=[]", "protocols=[]"))
+    sweep(configured("labels=[20]", "draws=1", "scratch=[svm]", "random=[]", "protocols=[]"))
     said = "networks from scratch are trained for 3 steps with 20 labels, 2 passes over them and 3 steps with 40 labels"
     report = (tmp_path / "out/report.md").read_text()
     assert said in report
@@ -466,7 +466,7 @@ def test_the_report_says_how_long_networks_from_scratch_were_trained(configured,
 
 def test_the_report_says_where_steps_were_cut_short(configured, tmp_path):
     """Of batches of 10 five passes over 40 labels are 20 steps, over 20 labels 10."""
-    cfg = configured("labels=[20,40]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]")
+    cfg = configured("labels=[20,40]", "draws=1", "scratch=[cnn]", "random=[]", "protocols=[]")
     cfg.steps.finetune.passes, cfg.steps.finetune.most = 5, 10
     sweep(cfg)
     said = "from 40 labels on the curve may be too low, and what is saved too large: steps.*.most cuts networks from"
@@ -515,13 +515,13 @@ def test_cells_of_another_making_are_refused(configured, tmp_path):
         with pytest.raises(ValueError, match="was made with another encoder"):
             sweep(configured(*QUICK, labels, use=slice(1, 2)))
     assert files(tmp_path / "out") == before
-    sweep(configured(*QUICK, "classifier.width=8", "seeds=3"))  # nothing that these cells depend on
+    sweep(configured(*QUICK, "classifier.width=8", "draws=3"))  # nothing that these cells depend on
     assert len(files(tmp_path / "out")) == 12
 
 
 def test_networks_of_other_steps_are_refused_and_probes_take_none(configured, tmp_path):
     """Those from scratch would else be compared with what was fine-tuned for longer than they allow for."""
-    few = ["labels=[20]", "seeds=1", "random=[]", "steps.classifier={least: 2, passes: 1, most: 2}"]
+    few = ["labels=[20]", "draws=1", "random=[]", "steps.classifier={least: 2, passes: 1, most: 2}"]
     sweep(configured(*few, "scratch=[logistic]", "protocols=[linear]", use=slice(1)))
     longer = "steps.finetune={least: 3, passes: 1, most: 3}"
     sweep(configured(*few, longer, "scratch=[cnn]", "protocols=[]", use=slice(1)))
@@ -536,7 +536,7 @@ def test_networks_of_other_steps_are_refused_and_probes_take_none(configured, tm
 
 
 def test_networks_from_scratch_choose_from_as_many_settings_whichever_command_trains_them(configured, tmp_path):
-    few = ["labels=[10]", "seeds=1", "random=[]"]
+    few = ["labels=[10]", "draws=1", "random=[]"]
     sweep(configured(*few, "scratch=[cnn]", "protocols=[]", "settings.scratch=[{lr:1e-3,weight_decay:0.0}]"))
     before = files(tmp_path / "out")
     tuned = [*few, "scratch=[]", "protocols=[classifier]"]
@@ -551,7 +551,7 @@ def test_networks_from_scratch_choose_from_as_many_settings_whichever_command_tr
 
 def test_cells_of_an_older_version_are_refused(configured, tmp_path):
     """The SVM's choice of a kernel has changed since its first."""
-    few = ["labels=[20]", "seeds=1", "scratch=[svm]", "random=[]", "protocols=[]"]
+    few = ["labels=[20]", "draws=1", "scratch=[svm]", "random=[]", "protocols=[]"]
     sweep(configured(*few))
     (written,) = files(tmp_path / "out")
     cell = json.loads(written.read_text())
@@ -571,7 +571,7 @@ def test_the_same_labels_by_another_name_are_asked_for_by_theirs(configured, tmp
 
 def test_an_ordinary_network_is_the_same_whichever_run_comes_first(configured, tmp_path):
     """Of a run it takes how images are normalised; of the classifier its dropout."""
-    few = ["labels=[20]", "seeds=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
+    few = ["labels=[20]", "draws=1", "scratch=[cnn]", "random=[]", "protocols=[]"]
     sweep(configured(*few))
     before = files(tmp_path / "out")
     sweep(configured(*few, "classifier.width=8", "augmentation.flip=0", use=slice(2, 3)))
@@ -594,7 +594,7 @@ def test_what_depends_on_what_is_named_once():
 
 def test_a_cell_knows_all_that_it_depends_on(bench, runs, tmp_path):
     """Of what may change between two commands in a folder, each arm is asked about what it reads and nothing else."""
-    made = bench("labels=[20]", "seeds=1")
+    made = bench("labels=[20]", "draws=1")
     assert set(made.shared) == {"precision", "train", "test", "pixels"}
     trained, read = {"steps", "batch_size", "views"}, {"encoder", "mode", "readout", "settings"}
     assert set(asked_of(made, Arm("CPC", "linear", str(runs[0])))) == read
@@ -614,7 +614,7 @@ def test_a_cell_knows_all_that_it_depends_on(bench, runs, tmp_path):
 
 
 def test_contexts_are_read_out_of_cpc_alone(bench, runs):
-    made = bench("labels=[20]", "seeds=1", "readout=context", use=slice(0, 3))
+    made = bench("labels=[20]", "draws=1", "readout=context", use=slice(0, 3))
     assert (
         made.encoder(Arm("CPC", "linear", str(runs[0]))).grid_dim
         == 5 * made.encoder(Arm("SimCLR", "linear", str(runs[2]))).grid_dim
@@ -658,7 +658,7 @@ def test_shards_as_the_page_has_them_with_hydra_itself(runs, tmp_path, call_tool
 
 def test_a_cell_that_comes_while_the_curve_is_drawn_is_in_it(configured, tmp_path, monkeypatch):
     """Two shards come to their ends together, and the one that knows less writes last."""
-    few = ["labels=[20]", "seeds=2", "scratch=[svm]", "random=[]", "protocols=[]"]
+    few = ["labels=[20]", "draws=2", "scratch=[svm]", "random=[]", "protocols=[]"]
     sweep(configured(*few))
     (late,) = (tmp_path / "out/cells").rglob("*-seed1.json")
     aside = late.rename(tmp_path / late.name)
@@ -733,7 +733,7 @@ def run_of(runs, method):
 @pytest.mark.parametrize(("method", "protocol"), ALL)
 def test_test_images_are_looked_at_once_at_the_end(bench, runs, monkeypatch, method, protocol):
     two = "settings.scratch=[{lr:1e-3,weight_decay:0.0},{lr:2e-3,weight_decay:0.0}]"
-    made = bench("labels=[20]", "seeds=1", two)
+    made = bench("labels=[20]", "draws=1", two)
     cell = Cell(Arm(method, protocol, run_of(runs, method)), LabelAmount("labels", 20), 0)
     chosen = set(made.choices[cell.amount, 0].indices.tolist())
     watched = Watched(protocol_of(made, cell.arm, made.choices[cell.amount, 0].indices))
@@ -751,7 +751,7 @@ def test_test_images_are_looked_at_once_at_the_end(bench, runs, monkeypatch, met
 
 @pytest.mark.parametrize(("method", "protocol"), ALL)
 def test_no_other_label_has_a_say(bench, runs, method, protocol):
-    made = bench("labels=[20]", "seeds=1")
+    made = bench("labels=[20]", "draws=1")
     cell = Cell(Arm(method, protocol, run_of(runs, method)), LabelAmount("labels", 20), 0)
     before = label_recipes.run_cell(made, cell)["predictions"]
     chosen = made.choices[cell.amount, 0].indices
@@ -771,7 +771,7 @@ def test_no_other_label_has_a_say(bench, runs, method, protocol):
 def test_a_cell_leaves_the_encoder_as_it_was(bench, runs, method, protocol):
     """Weights, the statistics of SimCLR's BatchNorm, and the files."""
     run = run_of(runs, method)
-    made = bench("labels=[20]", "seeds=1", use=slice(0, 3))
+    made = bench("labels=[20]", "draws=1", use=slice(0, 3))
     arm = Arm(method, protocol, run)
     encoder, before = made.encoder(arm).encoder, run_fingerprint.__wrapped__(run)
     assert any("running_mean" in name for name in encoder.state_dict()) == (method == "SimCLR")
@@ -786,7 +786,7 @@ def test_a_cell_leaves_the_encoder_as_it_was(bench, runs, method, protocol):
 def test_fine_tuning_moves_the_encoder_and_its_rate_of_zero_does_not(bench, runs, monkeypatch):
     """The second phase is more than the first: with a rate of 0 for the encoder only the classifier goes on."""
     arm, amount = Arm("CPC", "finetune", str(runs[0])), LabelAmount("labels", 20)
-    made = bench("labels=[20]", "seeds=1", "steps.classifier={least:40,passes:0,most:40}")
+    made = bench("labels=[20]", "draws=1", "steps.classifier={least:40,passes:0,most:40}")
     protocol = protocol_of(made, arm, made.choices[amount, 0].indices)
     train, trained = label_protocols.Training.on_images_, []
 
@@ -812,7 +812,7 @@ def test_both_ways_to_fine_tune_lower_the_classifiers_rate_alike():
 
 
 def test_features_are_encoded_once_for_all_cells(bench, runs):
-    made = bench("labels=[20,100]", "seeds=2", "protocols=[linear,knn]")
+    made = bench("labels=[20,100]", "draws=2", "protocols=[linear,knn]")
     for protocol in ("linear", "knn"):
         for amount, seed in made.choices:
             label_recipes.run_cell(made, Cell(Arm("CPC", protocol, str(runs[0])), amount, seed))
@@ -825,7 +825,7 @@ def test_features_are_encoded_once_for_all_cells(bench, runs):
 
 
 def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
-    made = bench("labels=[20]", "seeds=2", "steps.classifier={least:8,passes:0,most:8}")
+    made = bench("labels=[20]", "draws=2", "steps.classifier={least:8,passes:0,most:8}")
     for protocol in ("cnn", "patches", "classifier", "finetune"):
         arm = Arm("scratch" if protocol in ("cnn", "patches") else "CPC", protocol, str(runs[0]))
         first, again, other = (
@@ -848,7 +848,7 @@ def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
         (["fractions=[0]"], "fraction 0.0: pass a share"),
         (["fractions=[1.5]"], "fraction 1.5: pass a share"),
         (["labels_per_class=[500]"], "500 labels a class, the rarest of 10 classes has 100"),
-        (["labels=[20]", "seeds=0"], "seeds=0: pass at least 1"),
+        (["labels=[20]", "draws=0"], "draws=0: pass at least 1"),
         (["labels=[20]", "shard=2", "shards=2"], "shard=2 of shards=2: pass 0 to 1"),
         (["labels=[20]", "protocols=[linear,svm]"], r"protocols=\['svm'\]: pass some of linear, knn, classifier"),
         (["labels=[20]", "scratch=[resnet]"], r"scratch=\['resnet'\]: pass some of logistic, svm, cnn"),
@@ -968,7 +968,7 @@ def test_fewer_seeds_above_a_tenth_and_choices_that_are_nested():
     labels = torch.arange(10).repeat(40)
     ids = torch.randperm(400, generator=torch.Generator().manual_seed(0))
     amounts = [LabelAmount("labels", 20), LabelAmount("fraction", 0.1), LabelAmount("fraction", 0.5)]
-    choices = drawn_choices(amounts, labels, ids, seeds=3, few=0.1, seeds_above=1)
+    choices = drawn_choices(amounts, labels, ids, draws=3, few=0.1, draws_above=1)
     assert [(str(amount), seed) for amount, seed in choices] == [
         ("labels=20", 0), ("labels=20", 1), ("labels=20", 2), ("fraction=0.1", 0), ("fraction=0.1", 1),
         ("fraction=0.1", 2), ("fraction=0.5", 0),
@@ -1063,7 +1063,7 @@ def test_what_cannot_be_decoded_is_chosen_by_nobody(cached):
 
     def draw(labels, ids):
         amounts = [LabelAmount("labels", 6), LabelAmount("labels_per_class", 12)]
-        return drawn_choices(amounts, labels, ids, seeds=2, few=0.2, seeds_above=1)
+        return drawn_choices(amounts, labels, ids, draws=2, few=0.2, draws_above=1)
 
     choices = decodable_choices(lambda labels: draw(labels, ids), train, BadImages(1.0), 0)
     expected = draw(train.labels[good], ids[good])  # as if there had never been any others
@@ -1078,7 +1078,7 @@ def test_a_broken_image_changes_no_choice_that_does_not_hold_it(configured):
     """A folder may grow: an amount chooses the same alone and beside one that holds the image."""
 
     def chosen(bad, *fractions):
-        cfg = configured(f"fractions={[*fractions]}", "seeds=1", "bad_images=1.0")
+        cfg = configured(f"fractions={[*fractions]}", "draws=1", "bad_images=1.0")
         train = broken(*bad)
         return choices_of(cfg, Splits(train, train))[LabelAmount("fraction", fractions[0]), 0].indices.tolist()
 
@@ -1096,7 +1096,7 @@ def test_only_images_that_are_chosen_are_decoded(monkeypatch):
     monkeypatch.setattr(ImageDataset, "decode", lambda self, i: looked_at.append(self.name(i)) or whole(self, i))
 
     def draw(labels):
-        return drawn_choices([LabelAmount("labels", 4)], labels, ids, seeds=1, few=1.0, seeds_above=1)
+        return drawn_choices([LabelAmount("labels", 4)], labels, ids, draws=1, few=1.0, draws_above=1)
 
     decodable_choices(draw, train, BadImages(0.0), 0)
     assert len(looked_at) == 4
@@ -1112,7 +1112,7 @@ def test_a_list_goes_without_what_cannot_be_decoded_and_a_class_cannot():
     amounts = [LabelAmount("labels", 4)]
     with pytest.raises(ValueError, match="no training image of class 1 can be decoded: mend the data or leave it out"):
         decodable_choices(
-            lambda labels: drawn_choices(amounts, labels, ids, seeds=1, few=1.0, seeds_above=1),
+            lambda labels: drawn_choices(amounts, labels, ids, draws=1, few=1.0, draws_above=1),
             none_left,
             BadImages(1.0),
             0,
@@ -1120,7 +1120,7 @@ def test_a_list_goes_without_what_cannot_be_decoded_and_a_class_cannot():
 
 
 def test_a_plan_is_told_in_time_for_every_cell(configured):
-    cfg = configured("labels=[20,40]", "seeds=2")
+    cfg = configured("labels=[20,40]", "draws=2")
     check_asked(cfg)
     take_over_(cfg)
     made = bench_of(cfg)
@@ -1135,7 +1135,7 @@ def test_a_plan_is_told_in_time_for_every_cell(configured):
 
 
 def test_a_plan_encodes_few_images_and_counts_all(configured):
-    cfg = configured("labels=[20]", "seeds=2", "protocols=[linear]", "scratch=[]", "random=[]")
+    cfg = configured("labels=[20]", "draws=2", "protocols=[linear]", "scratch=[]", "random=[]")
     check_asked(cfg)
     take_over_(cfg)
     made = bench_of(cfg)
@@ -1150,7 +1150,7 @@ def test_a_plan_encodes_few_images_and_counts_all(configured):
 
 def test_a_plan_counts_every_trial_in_every_fold_the_test_images_and_the_copies(bench, runs, monkeypatch):
     """Two settings: 20 labels, 2 a class, are 2 x 2 trials and the last fit, 40 in three folds 3 x 2 and it."""
-    made = bench("labels=[20,40]", "seeds=1")
+    made = bench("labels=[20,40]", "draws=1")
     monkeypatch.setattr(cpc.label_costs, "timings", lambda protocol, chosen: (2.0, 0.01))
     monkeypatch.setattr(cpc.label_costs, "seconds_of_copies", lambda protocol: 3.0)
     arms = [Arm("scratch", "cnn", str(runs[0])), Arm("CPC", "linear", str(runs[0]))]
@@ -1162,7 +1162,7 @@ def test_a_plan_counts_every_trial_in_every_fold_the_test_images_and_the_copies(
 
 def test_a_plan_waits_for_one_copy_of_an_image_and_counts_all(bench, runs, monkeypatch):
     """Of 20 labels and encodings=40 a cell encodes two of each."""
-    made = bench("labels=[20]", "seeds=1")
+    made = bench("labels=[20]", "draws=1")
     encoded, clock = [], iter(range(1000))
     encode = label_protocols.encoded_copies
 
@@ -1182,7 +1182,7 @@ def test_a_plan_waits_for_one_copy_of_an_image_and_counts_all(bench, runs, monke
 
 def test_a_plan_fits_a_probe_once(bench, runs, monkeypatch):
     """A support vector machine of ten thousand rows takes minutes."""
-    made, fitted = bench("labels=[20]", "seeds=1"), []
+    made, fitted = bench("labels=[20]", "draws=1"), []
     protocol = protocol_of(
         made, Arm("scratch", "svm", str(runs[0])), made.choices[LabelAmount("labels", 20), 0].indices
     )
@@ -1198,7 +1198,7 @@ def test_durations_are_said_as_people_do(seconds, said):
 
 
 def test_one_label_a_class_takes_the_setting_that_was_fixed_beforehand(bench, runs):
-    made = bench("labels_per_class=[1]", "seeds=1")
+    made = bench("labels_per_class=[1]", "draws=1")
     arm = Arm("CPC", "finetune", str(runs[0]))
     watched = Watched(protocol_of(made, arm, made.choices[LabelAmount("labels_per_class", 1), 0].indices))
     chosen = made.choices[LabelAmount("labels_per_class", 1), 0].indices
@@ -1221,7 +1221,7 @@ def test_transfer_and_the_command_line(runs, tmp_path, run_tool, call_tool, caps
             for index in (dataset.labels == label).nonzero().flatten()[:8].tolist():
                 image = Image.fromarray(dataset[index].image.permute(1, 2, 0).numpy()).resize((40, 34))
                 image.save(folder / f"{index}.png")
-    few = ["labels_per_class=[1,4]", "seeds=1", "seeds_above=1", "protocols=[linear]", "scratch=[logistic]"]
+    few = ["labels_per_class=[1,4]", "draws=1", "draws_above=1", "protocols=[linear]", "scratch=[logistic]"]
     data = ["data=imagefolder", f"data.root={tmp_path / 'photos'}", "out=out"]
     done = run_tool("tools/sweep_labels.py", f"runs=[{runs[0]}]", *data, *few, *SMALL, *STEPS)
     assert done.returncode == 0, done.stderr

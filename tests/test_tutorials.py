@@ -21,7 +21,7 @@ SHORTER = {
     "steps=200": "steps=2 probe_every=0 threads=1",
     "steps=40": "steps=2 probe_every=0 threads=1",
     "labels=20,40,100": "labels=20,40 threads=1",
-    "few=1": "seeds=1",
+    "few=1": "draws=1",
     " batch_size=32": " batch_size=8",
     "modes=[patches]": "modes=[patches] threads=1",
 }

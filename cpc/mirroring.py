@@ -1,0 +1,83 @@
+"""How often labelled images are mirrored: what the runs that are gone on from say of it, and what none of them can.
+
+A mirrored digit may be another digit, and a mirrored photograph is one more photograph. Who learns from labels alone
+gains or loses most by it, so a guess is told.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpc.foreign import check_plain, run_config, run_data
+from cpc.run_folder import differing_keys
+from cpc.verbosity import is_main_process
+
+logger = logging.getLogger(__name__)
+
+USUAL_FLIP = 0.5
+"""The probability with which images are mirrored where nobody says: that of every recipe of photographs."""
+
+
+def labelled_flip(data: Mapping[str, Any], runs: Sequence[str], views: Mapping[str, Any]) -> float | None:
+    """The probability with which labelled images are mirrored: 0 of digits, else the least that runs say; None = 0.5.
+
+    Of images that no run was trained on it is a guess, which the log tells where the views mirror at all.
+
+    Args: `data`, `views`: as a configuration writes them.
+    """
+    if data["_target_"] == "contrastive_core.data.mnist5k":
+        return 0.0
+    said = [flip for run in runs if (flip := run_crop_and_flip(run)["flip"]) is not None]
+    flip = min(said, default=None)
+    if views_mirror(views) and is_main_process() and not any(_trained_on(data, run) for run in runs):
+        logger.warning(
+            "%s trained on these images, which are mirrored with a probability of %g: pass "
+            "augmentation.flip=0 where left and right differ, as in letters, and 0.5 for photographs",
+            f"{runs[0]} was not" if len(runs) == 1 else "no run was",
+            USUAL_FLIP if flip is None else flip,
+        )
+    return flip
+
+
+def views_mirror(views: Mapping[str, Any]) -> bool:
+    """Whether views for learning from labels, of which there is one, have a probability of mirroring.
+
+    Example: {"pipelines": [{"flip": null}]} have, if it is null.
+    """
+    return "flip" in (views.get("pipelines") or [{}])[0]
+
+
+def run_crop_and_flip(run: str) -> dict[str, Any]:
+    """A run's own range of crops and probability of flips, each None where it does not say.
+
+    A run that flipped nothing has a probability of 0: its images may have a handedness.
+
+    Raises ValueError where what it says is neither numbers nor a list of these.
+    """
+    written, before = run_config(run)
+    theirs = before.get("augmentation")
+    own = {name: theirs.get(name) if isinstance(theirs, dict) else None for name in ("crop", "flip")}
+    check_plain(own, written)
+    if own["flip"] is None and _never_flips(before.get("views")):
+        own["flip"] = 0.0
+    return own
+
+
+def _never_flips(views: Any) -> bool:
+    """Whether views are patches of images that were not flipped, or pipelines that have no flip at all."""
+    steps, pipelines = (views.get(name) if isinstance(views, dict) else None for name in ("image_augment", "pipelines"))
+    if isinstance(steps, list):
+        return not any("Flip" in str(step.get("_target_")) for step in steps)
+    without = "contrastive_core.augment.views.digits"
+    return isinstance(pipelines, list) and all(str(each.get("_target_")) == without for each in pipelines)
+
+
+def _trained_on(data: Mapping[str, Any], run: str) -> bool:
+    """Whether a run was trained on the training images of this data; not where it does not say."""
+    try:
+        theirs = run_data(run)
+    except (FileNotFoundError, ValueError):
+        return False
+    return not set(differing_keys(dict(data), theirs)) - {"size", "test", "cache"}
