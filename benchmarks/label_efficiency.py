@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,9 @@ from contrastive_core.evaluate.linear import linear_probe
 from contrastive_core.evaluate.selection import Rows
 from cpc.entry import start_accelerator
 from cpc.features import load_encoder
-from cpc.label_curves import SCRATCH
+from cpc.label_curves import BEST, SCRATCH, curves_of, read_results, savings_of
 from cpc.label_protocols import FeatureTable
+from cpc.label_report import saving_row
 
 RESULTS = ROOT / "benchmarks" / "label_efficiency"
 SIDE_BY_SIDE = 2
@@ -137,7 +139,7 @@ STUDIES = {
     ),
 }
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-SEEDS = 5
+DRAWS = 5
 
 
 def side_by_side(commands: Sequence[list[str]], log: Path) -> None:
@@ -188,7 +190,7 @@ def study(name: str, out: Path, files: Sequence[str], shown: str, asked: argpars
         options = [f"runs=[{runs}]", f"out={out / 'sweep'}", "threads=1", *of_study.sweep, *mine]
         shards = [[f"shards={SIDE_BY_SIDE}", f"shard={shard}"] for shard in range(SIDE_BY_SIDE)]
         timed(f"sweep {place}", [python("tools/sweep_labels.py", *options, *shard) for shard in shards])
-        record(name, shown, out / "sweep", took, goes_on)
+        record(name, shown, out / "sweep", took, goes_on, truth)
         pack_cells(name, out / "sweep" / "cells", truth)
 
 
@@ -206,7 +208,7 @@ def test_labels(name: str, asked: argparse.Namespace) -> torch.Tensor:
     return splits.test.labels
 
 
-def record(name: str, command: str, sweep: Path, seconds: dict[str, float], goes_on: bool) -> None:
+def record(name: str, command: str, sweep: Path, seconds: dict[str, float], goes_on: bool, truth: torch.Tensor) -> None:
     """Keep what a sweep has come to, without the paths of runs.
 
     goes_on: with cells that were recorded: which runs there were, what they took and how stays in the record.
@@ -223,10 +225,22 @@ def record(name: str, command: str, sweep: Path, seconds: dict[str, float], goes
         runs[method] = list(dict.fromkeys([*names, *runs.get(method, [])]))
     results |= {"runs": runs, "seconds": before.get("seconds", {}) | seconds}
     results |= {part: summary[part] for part in kept if part in summary} | {"splits": summary["splits"]}
+    results |= {"savings_of_first_runs": savings_of_first_runs(sweep / "cells", truth)}
     results |= {"notes": before["notes"]} if "notes" in before else {}  # the same of images, and knows all runs
     write(name, command, results, folder=RESULTS)
     for suffix in ("csv", "png"):
         shutil.copyfile(sweep / f"label_efficiency.{suffix}", RESULTS / f"{name}.{suffix}")
+
+
+def savings_of_first_runs(cells: Path, truth: torch.Tensor) -> list[dict[str, Any]]:
+    """What the first run alone saves, of each method that has several, against the best from scratch.
+
+    Choices of labels that a run lacks are filled in from its method's others; of one alone nothing is.
+    """
+    results = read_results(sorted(cells.glob("*/*/*.json")))
+    several = {result.method for result in results if result.repeat > 0}
+    savings = savings_of(curves_of([result for result in results if result.repeat == 0]), truth)
+    return [saving_row(saving) for saving in savings if saving.method in several and saving.against == BEST]
 
 
 def pack_cells(name: str, cells: Path, truth: torch.Tensor) -> None:
@@ -254,7 +268,7 @@ def unpack_cells(name: str, cells: Path, truth: torch.Tensor, only: str) -> None
 
 
 def cache(out: Path, train: Path, test: Path) -> None:
-    """A linear sweep of 7 fractions x 5 seeds, features encoded once and again for every cell.
+    """A linear sweep of 7 fractions x 5 draws, features encoded once and again for every cell.
 
     Once is taken twice before and twice after, since the machine's speed drifts.
     """
@@ -267,7 +281,7 @@ def cache(out: Path, train: Path, test: Path) -> None:
     splits = parquet(train, test, size=32)
     assert splits.test is not None
     labels, ids = splits.train.labels, sample_ids(splits.train)
-    cells = [label_fraction(labels, share, seed=seed, ids=ids) for share in FRACTIONS for seed in range(SEEDS)]
+    cells = [label_fraction(labels, share, seed=seed, ids=ids) for share in FRACTIONS for seed in range(DRAWS)]
     used = torch.cat(cells).unique()
     everything = Rows("test", torch.arange(len(splits.test)))
 
@@ -302,7 +316,7 @@ def cache(out: Path, train: Path, test: Path) -> None:
         solving.append(time.perf_counter() - began)
     ceiling = images / (len(used) + len(splits.test))
     results = {
-        "fractions": FRACTIONS, "seeds": SEEDS, "images_encoded_again": images, "images_encoded_once": table.encoded,
+        "fractions": FRACTIONS, "draws": DRAWS, "images_encoded_again": images, "images_encoded_once": table.encoded,
         "seconds_once": [round(seconds, 2) for seconds in took], "seconds_again": round(again, 2),
         "factor": round(again / statistics.median(took), 3), "ceiling": round(ceiling, 3),
         "of_the_ceiling": round(again / statistics.median(took) / ceiling, 4),

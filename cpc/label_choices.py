@@ -49,7 +49,7 @@ def drawn_choices(
     draws_above: int,
     of: Tensor | None = None,
 ) -> Choices:
-    """What every amount and seed choose: `draws` seeds up to the share `few` of the labels, `draws_above` above it.
+    """What every amount and seed choose: `draws` choices up to the share `few` of the labels, `draws_above` above it.
 
     Args:
         labels, ids: `n` int64, of all training images; -1 = none.

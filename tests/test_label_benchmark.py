@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from label_cells import TRUTH
+from label_cells import cell as known_cell
 
 from contrastive_core.evaluate.label_saving import filled_in
+from cpc.label_curves import SCRATCH
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -78,9 +81,22 @@ def test_runs_that_were_recorded_stay_where_a_command_knows_the_first_alone(benc
     summary = {"runs": {"CPC": ["runs/label-digits/card/cpc-0"], "SimCLR": ["runs/a"]}, "splits": {}}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     for goes_on in (True, False):
-        benchmark.record("digits", "command", tmp_path, {}, goes_on)
+        benchmark.record("digits", "command", tmp_path, {}, goes_on, torch.tensor([0]))
     assert written[0]["runs"] == {"CPC": ["cpc-0", "cpc-1"], "BYOL": ["byol"], "SimCLR": ["a"]}
     assert written[1]["runs"] == {"CPC": ["cpc-0"], "SimCLR": ["a"]}
+
+
+def test_first_runs_alone_save_what_no_other_run_has_a_part_in(benchmark, tmp_path):
+    """The first run with 10 labels is as good as from scratch with 20, the second with 40; a single run is no first."""
+    curve = {10: 10, 20: 20, 40: 32}
+    results = [known_cell(SCRATCH, "cnn", labels, right) for labels, right in curve.items()]
+    results += [known_cell("CPC", "linear", 10, curve[20]), known_cell("CPC", "linear", 10, curve[40], repeat=1)]
+    for result in [*results, known_cell("SimCLR", "linear", 10, curve[20])]:
+        file = tmp_path / f"{result.method}-{result.repeat}" / result.protocol / f"{result.amount}-seed0.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(vars(result) | {"predictions": result.predictions.tolist()}))
+    (row,) = benchmark.savings_of_first_runs(tmp_path, TRUTH)
+    assert (row["method"], row["labels"], row["saving"], row["runs"]) == ("CPC", 10, "2.0", 1)
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "caltech101"])

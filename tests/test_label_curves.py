@@ -218,7 +218,7 @@ def test_fewer_than_five_choices_of_several_are_never_said_to_save(thin):
 
 @pytest.mark.parametrize(("labels", "saves"), [(2000, True), (1996, False)])
 def test_a_single_choice_stands_for_all_where_it_is_of_many_labels(labels, saves):
-    """Below, seeds=1 would make one lucky choice of few labels a certain saving."""
+    """Below, draws=1 would make one lucky choice of few labels a certain saving."""
     curve = {500: 8, labels: 20, 8000: 32}
     several = [cell(SCRATCH, "cnn", 500, curve[500], seed=seed, draws=5) for seed in range(5)]
     single = [cell(SCRATCH, "cnn", count, curve[count]) for count in (labels, 8000)]
@@ -253,7 +253,7 @@ def test_one_choice_far_up_the_curve_takes_no_saving_back():
 
 
 def test_a_curve_of_one_choice_is_thin_where_another_arm_has_more():
-    """From scratch with seeds=1, what is pre-trained with the usual five: a number of labels has as many for all."""
+    """From scratch with draws=1, what is pre-trained with the usual five: a number of labels has as many for all."""
     results = [cell("CPC", "linear", 10, 20, seed=seed, draws=5) for seed in range(5)]
     assert found([*results, *scratch(*range(5))])[10]["saves"]
     assert not found([*results, *scratch()])[10]["saves"]

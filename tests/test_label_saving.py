@@ -101,6 +101,8 @@ def test_a_plateau_is_reached_at_its_beginning():
         (1000, 0.1, Saving(0.0, 0.01), "< 0.01"),
         (100.2, 0.4, Saving(100 / 100.2, 100 / 100.2), "0.99"),
         (99.9, 0.4, Saving(100 / 99.9, 100 / 99.9), "1.01"),
+        (97.8, 0.4, Saving(100 / 97.8, 100 / 97.8), "1.02"),
+        (102.3, 0.4, Saving(100 / 102.3, 100 / 102.3), "0.98"),
     ],
 )
 def test_savings_and_how_they_are_said(count, accuracy, saving, said):

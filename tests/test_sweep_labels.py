@@ -964,7 +964,7 @@ def test_digits_are_not_mirrored_for_a_run_that_says_nothing(configured, runs, t
     assert "mirrored with a probability of 0.5" in caplog.text
 
 
-def test_fewer_seeds_above_a_tenth_and_choices_that_are_nested():
+def test_fewer_draws_above_a_tenth_and_choices_that_are_nested():
     labels = torch.arange(10).repeat(40)
     ids = torch.randperm(400, generator=torch.Generator().manual_seed(0))
     amounts = [LabelAmount("labels", 20), LabelAmount("fraction", 0.1), LabelAmount("fraction", 0.5)]

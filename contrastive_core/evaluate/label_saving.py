@@ -44,7 +44,8 @@ class Saving(NamedTuple):
 def _shown(factor: float) -> str:
     """Two digits, and never 1.0 for what is a little less or more: on which side it is decides what is said of it."""
     if 0.95 <= factor < 1.05 and abs(factor - 1) > _EQUAL:
-        return f"{(math.floor if factor < 1 else math.ceil)(100 * factor) / 100:.2f}"
+        hundredths = f"{factor:.2f}"
+        return hundredths if hundredths != "1.00" else "0.99" if factor < 1 else "1.01"
     return f"{factor:.2g}" if factor < 0.95 else f"{factor:.{1 if factor < 100 else 0}f}"
 
 
