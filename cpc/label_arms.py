@@ -6,6 +6,7 @@ same, is said here; what an arm's cells share is in `cpc.label_bench`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ LEARNED_FROM_LABELS = ("Classifier", "Distill")
 def grouped_runs(runs: Sequence[str]) -> dict[str, list[str]]:
     """Runs by the name of their method; those whose configurations differ in the seed alone are repeats of one.
 
-    Raises FileNotFoundError and ValueError where one is no finished run.
+    Raises FileNotFoundError and ValueError where one is no finished run, has a name that cannot be a method's, or has
+    the configuration and the seed of another.
 
     Example: two seeds of CPC and one SimCLR give {"CPC": [a, b], "SimCLR": [c]}; another CPC is "CPC 2".
     """
@@ -36,16 +38,35 @@ def grouped_runs(runs: Sequence[str]) -> dict[str, list[str]]:
         twin = prints.setdefault(run_fingerprint(run), run)
         if twin != run or runs.count(run) > 1:
             raise ValueError(f"{run} and {twin} are the same run: pass each once")
-        method = str(read_card(run)[1].get("method", "encoder"))
+        method = _method_of(run, card)
         names = [method, *(f"{method} {number}" for number in range(2, len(runs) + 1))]
         name = next(name for name in names if name not in groups or _repeats(groups[name][0], run))
-        groups.setdefault(name, []).append(run)
+        _check_another_seed(run, groups.setdefault(name, []))
+        groups[name].append(run)
     return groups
+
+
+def _method_of(run: str, card: Mapping[str, Any]) -> str:
+    """What a card says, which may come from anyone and becomes a folder's name."""
+    method = str(card.get("method", "encoder"))
+    if method in (SCRATCH, "random") or not re.fullmatch(r"\w[\w .+-]*", method):
+        raise ValueError(
+            f"{run} says that its method is {method!r}: in its encoder.json, pass a name of letters and digits that is "
+            f"neither {SCRATCH} nor random"
+        )
+    return method
 
 
 def _repeats(first: str, other: str) -> bool:
     one, another = (run_config(run)[1] for run in (first, other))
     return bool(one) and set(differing_keys(one, another)) <= {"seed", *MAY_CHANGE}
+
+
+def _check_another_seed(run: str, repeats: Sequence[str]) -> None:
+    seed = run_config(run)[1].get("seed")
+    same = [other for other in repeats if run_config(other)[1].get("seed") == seed]
+    if same:
+        raise ValueError(f"{run} and {same[0]} are of one seed ({seed}), which are no two runs: pass one of them")
 
 
 def arms_of(

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from contrastive_core.data import LISTED, LabelList
-from contrastive_core.reading import read_json
 from cpc.label_bench import Bench, Cell
-from cpc.label_curves import LARGEST_CELL, OF_THE_SAME_NETWORK, SCRATCH, CellResult, read_results
+from cpc.label_curves import OF_THE_SAME_NETWORK, SCRATCH, CellResult, read_cell, read_results
 from cpc.label_recipes import asked_of, making_of
 from cpc.run_folder import differing_keys
 
@@ -68,7 +67,8 @@ class CellFolder:
 
         A second command may add arms and label counts. What it may not: other images, other steps where networks are
         trained, in an arm that is there other settings or another readout, another encoder under the name of one that
-        is there, other choices of as many labels, the same choice by another name, lists beside draws.
+        is there, other choices of as many labels, the same choice by another name, lists beside draws. Another command
+        may have begun at the same time: what holds at the start has to hold before anything is drawn.
         """
         shared = _as_written(bench.shared)
         asked = {arm: _as_written(asked_of(bench, arm)) for arm in dict.fromkeys(cell.arm for cell in cells)}
@@ -82,8 +82,9 @@ class CellFolder:
         of_lists = {isinstance(amount, LabelList) for amount, _ in bench.choices}
         tried = {(arm.method, arm.protocol): len(what["settings"]) for arm, what in asked.items() if "steps" in what}
         for written in self._files():
-            result = read_json(written, largest=LARGEST_CELL)
+            result = read_cell(written)
             differing = differing_keys(shared, result["shared"])
+            differing += ["number of test images"] if len(result["predictions"]) != len(bench.test) else []
             name = result["method"], result["repeat"], result["protocol"]
             there = result["asked"]
             tried |= {(name[0], name[2]): len(there["settings"])} if "steps" in there else {}

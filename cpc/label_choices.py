@@ -51,6 +51,8 @@ def drawn_choices(
 ) -> Choices:
     """What every amount and seed choose: `draws` choices up to the share `few` of the labels, `draws_above` above it.
 
+    Seeds that choose the same images, as all do where an amount is of all labels, are one choice.
+
     Args:
         labels, ids: `n` int64, of all training images; -1 = none.
         of: `n` int64, the labels before some were lost, of which shares are: what an amount chooses is then the same
@@ -67,7 +69,9 @@ def drawn_choices(
         # a share of every class is rounded, so that its sum may be a little more
         for seed in range(draws if count <= few * len(labelled) + len(labelled.unique()) / 2 else draws_above):
             indices = amount.choose(labels, seed=seed, ids=ids, of=of)
-            choices[amount, seed] = LabelSplit(indices, split_digest(ids, labels, indices))
+            split = LabelSplit(indices, split_digest(ids, labels, indices))
+            if split.digest not in {other.digest for other in choices.values()}:
+                choices[amount, seed] = split
     return choices
 
 
@@ -77,7 +81,7 @@ def listed_choices(listed: Mapping[LabelList, Tensor], labels: Tensor, ids: Tens
     Args: `listed`: `labels_listed` of each. `labels`, `ids`: as `drawn_choices`.
 
     Raises ValueError for a list without a class that there is, which would make a curve from scratch fall for no other
-    reason, and for two of one name.
+    reason, and for two of one name, or of the same images.
     """
     choices: dict[tuple[LabelAmount | LabelList, int], LabelSplit] = {}
     of_as_many: Counter[int] = Counter()
@@ -85,10 +89,14 @@ def listed_choices(listed: Mapping[LabelList, Tensor], labels: Tensor, ids: Tens
         if str(names) in {str(other) for other, _ in choices}:
             raise ValueError(f"{names} twice: give each list a file name of its own")
         chosen = indices[labels[indices] >= 0]
+        split = LabelSplit(chosen, split_digest(ids, labels, chosen))
+        same = [other for (other, _), before in choices.items() if before.digest == split.digest]
+        if same:
+            raise ValueError(f"{names} and {same[0]} name the same images: pass each list once")
         lacking = sorted(set(labels[labels >= 0].tolist()) - set(labels[chosen].tolist()))
         if lacking:
             raise ValueError(f"{names} has no image of class {lacking[0]}: pass lists that have all classes")
-        choices[names, of_as_many[len(chosen)]] = LabelSplit(chosen, split_digest(ids, labels, chosen))
+        choices[names, of_as_many[len(chosen)]] = split
         of_as_many[len(chosen)] += 1
     return choices
 

@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,15 +60,32 @@ class CellResult:
     predictions: Tensor
 
 
+_NUMBER = (int, float)
+_OF_A_CELL: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("method", "protocol", "amount", "split"), str),
+    **dict.fromkeys(("repeat", "labels", "seed", "draws"), int),
+    **dict.fromkeys(("fraction", "accuracy", "class_accuracy", "seconds"), _NUMBER),
+    **dict.fromkeys(("setting", "shared", "asked"), dict),
+    "predictions": list,
+}
+"""What a cell's file says, and as what."""
+
+
+def read_cell(file: Path) -> dict[str, Any]:
+    """What a cell's file says, predictions as `m` int64; ValueError that names it where it is no whole cell."""
+    written = read_json(file, largest=LARGEST_CELL)
+    said = written if isinstance(written, dict) else {}
+    wrong = [name for name, kind in _OF_A_CELL.items() if not isinstance(said.get(name), kind)]
+    wrong += ["predictions"] if not (wrong or all(type(each) is int for each in said["predictions"])) else []
+    if wrong:
+        raise ValueError(f"{file} is no cell of a label sweep, for want of {wrong[0]}: remove it, and it is made again")
+    return {**said, "predictions": torch.tensor(said["predictions"], dtype=torch.int64)}
+
+
 def read_results(files: Sequence[Path]) -> list[CellResult]:
-    """Of all cells whose file is there; ValueError that names one which is no whole file."""
-    results = []
-    for file in files:
-        if file.is_file():
-            written = read_json(file, largest=LARGEST_CELL)
-            written["predictions"] = torch.tensor(written["predictions"], dtype=torch.int64)
-            results.append(CellResult(**{name: written[name] for name in CellResult.__dataclass_fields__}))
-    return results
+    """Of all cells whose file is there; ValueError that names one which is no whole cell."""
+    cells = [read_cell(file) for file in files if file.is_file()]
+    return [CellResult(**{name: cell[name] for name in CellResult.__dataclass_fields__}) for cell in cells]
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,10 @@ class ArmCurve:
     def seeds(self, labels: int) -> list[int]:
         """The choices of labels of which some run has its result, in order."""
         return sorted(self.cells[labels])
+
+    def share(self, labels: int) -> float:
+        """Which share of all labels so many are."""
+        return next(one.fraction for of_seed in self.cells[labels].values() for one in of_seed.values())
 
     def planned(self, labels: int) -> int:
         """How many choices of labels there are to be."""

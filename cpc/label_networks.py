@@ -100,21 +100,21 @@ def image_batches(
 
 
 def latent_batches(
-    copies: Tensor, labels: Tensor, *, batch_size: int, steps: int, seed: int
+    copies: Tensor, places: Tensor, labels: Tensor, *, batch_size: int, steps: int, seed: int
 ) -> Iterator[list[LoadedBatch]]:
     """Batches of latents that were encoded before: of each image one of its augmented copies, drawn anew every time.
 
     Args:
-        copies: `copies n ...`, latents of every image augmented so many times.
-        labels: `n` int64.
+        copies: `copies m ...`, latents of images augmented so many times.
+        places, labels: `n` int64, which of the `m` are learned from, and their classes.
     """
     count = len(labels)
     for step in range(steps):
         rows = batch_indices(count, min(batch_size, count), seed, step)
-        places = torch.arange(len(rows))
-        drawn = Randomness(seed, step, places).integers("copy", len(copies))
+        order = torch.arange(len(rows))
+        drawn = Randomness(seed, step, order).integers("copy", len(copies))
         nothing = torch.empty(0)
-        yield [LoadedBatch(nothing, labels[rows], rows, places, [], (copies[drawn, rows],))]
+        yield [LoadedBatch(nothing, labels[rows], rows, order, [], (copies[drawn, places[rows]],))]
 
 
 @torch.no_grad()

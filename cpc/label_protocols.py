@@ -337,10 +337,10 @@ class LatentProtocol:
     def first_phase(self, fit: Tensor, setting: Setting, share: float, seed: int) -> nn.Module:
         """A classifier trained on the cached latents, in eval mode."""
         training, steps = self.training, self.training.steps_for(len(fit), share)
-        places = torch.searchsorted(self.chosen, fit)
         classifier = training.to_device(self.classifier())
         batches = latent_batches(
-            self.copies[:, places],
+            self.copies,
+            torch.searchsorted(self.chosen, fit),
             training.splits.train.labels[fit],
             batch_size=training.batch_size,
             steps=steps,

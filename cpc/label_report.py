@@ -288,7 +288,12 @@ def _what_intervals_leave_out(curves: Curves) -> list[str]:
             said.append(
                 f"- one pre-training run of {method} {protocol} at {of_one} labels: intervals leave its luck out"
             )
-    single = {labels for curve in curves.values() for labels in curve.cells if curve.planned(labels) == 1}
+    single = {
+        labels
+        for curve in curves.values()
+        for labels in curve.cells
+        if curve.planned(labels) == 1 and curve.share(labels) < 1  # of all labels there is no other choice
+    }
     if single:
         counts = ", ".join(map(str, sorted(single)))
         said.append(

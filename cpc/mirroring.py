@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 USUAL_FLIP = 0.5
 """The probability with which images are mirrored where nobody says: that of every recipe of photographs."""
 
+_IF_LIKE_PHOTOGRAPHS = "pass augmentation.flip=0.5 where they may be, as photographs may"
+_IF_LIKE_LETTERS = "pass augmentation.flip=0 where left and right differ, as in letters"
+
 
 def labelled_flip(data: Mapping[str, Any], runs: Sequence[str], views: Mapping[str, Any]) -> float | None:
     """The probability with which labelled images are mirrored: 0 of digits, else the least that runs say; None = 0.5.
@@ -32,12 +35,17 @@ def labelled_flip(data: Mapping[str, Any], runs: Sequence[str], views: Mapping[s
     said = [flip for run in runs if (flip := run_crop_and_flip(run)["flip"]) is not None]
     flip = min(said, default=None)
     if views_mirror(views) and is_main_process() and not any(_trained_on(data, run) for run in runs):
-        logger.warning(
-            "%s trained on these images, which are mirrored with a probability of %g: pass "
-            "augmentation.flip=0 where left and right differ, as in letters, and 0.5 for photographs",
-            f"{runs[0]} was not" if len(runs) == 1 else "no run was",
-            USUAL_FLIP if flip is None else flip,
-        )
+        nobody = f"{runs[0]} was not" if len(runs) == 1 else "no run was"
+        if flip == 0:
+            logger.warning("%s trained on these images, which are not mirrored: %s", nobody, _IF_LIKE_PHOTOGRAPHS)
+        else:
+            usual = USUAL_FLIP if flip is None else flip
+            logger.warning(
+                "%s trained on these images, which are mirrored with a probability of %g: %s",
+                nobody,
+                usual,
+                _IF_LIKE_LETTERS,
+            )
     return flip
 
 

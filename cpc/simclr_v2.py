@@ -110,9 +110,7 @@ def _in_hydras_grammar(value: Any) -> str:
 
 def step_config(cfg: DictConfig, tool: str, own: dict[str, Any]) -> DictConfig:
     """The configuration of one tool: what the steps share, then its `own`, then what the command line says of it."""
-    theirs = as_written(cfg[tool])
-    assert isinstance(theirs, dict)
-    given = {name: cfg[name] for name in SHARED} | own | dict(flattened(theirs))  # type: ignore[arg-type]
+    given = {name: cfg[name] for name in SHARED} | own | dict(flattened(as_written(cfg[tool])))
     composed = hydra.compose(tool, [as_override(name, value) for name, value in given.items()])
     if tool != "pretrain":
         let_classifier_decay_(composed, given)

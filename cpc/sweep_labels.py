@@ -41,6 +41,7 @@ from contrastive_core.encoders import small_cnn_for
 from cpc.encoder_card import read_card
 from cpc.entry import Incomplete, build, check_complete, command, start_accelerator
 from cpc.evaluate import labelled
+from cpc.features import load_head
 from cpc.foreign import run_config, run_data
 from cpc.label_arms import arms_of, grouped_runs, has_patches, other_networks
 from cpc.label_bench import Bench, Cell, Plan
@@ -89,6 +90,13 @@ def take_over_(cfg: DictConfig) -> None:
         cfg.augmentation.flip = labelled_flip(plain(cfg.data), list(cfg.runs), as_written(cfg.views))
     cfg.cnn = sized_cnn(plain(cfg.cnn), max(fed["image_size"] for fed in inputs))
     check_complete(cfg)
+
+
+def check_head_layer(cfg: DictConfig) -> None:
+    """Raise ValueError where protocol head is asked for a layer that a run's head does not have."""
+    for run in cfg.runs if "head" in cfg.protocols else ():
+        if read_card(str(run))[1].get("head"):
+            load_head(run).upto(cfg.head_layer)
 
 
 def sized_cnn(node: dict[str, Any], image_size: int) -> dict[str, Any]:
@@ -202,12 +210,13 @@ def sweep(cfg: DictConfig) -> Path:
         raise ValueError("a sweep's processes are shards: pass -m shard=0,1 shards=2, without accelerate launch")
     check_asked(cfg)
     take_over_(cfg)
+    check_head_layer(cfg)
     check_no_file(Path(cfg.out), "out")
     out, bench = Path(cfg.out), bench_of(cfg)
     cells, folder = cells_of(cfg, bench), CellFolder(out / "cells")
     folder.check(bench, cells)
-    missing = [cell for cell in cells if not folder.has(cell)]
-    mine = [cell for cell in share_of(cells, len(bench.choices), cfg.shard, cfg.shards) if cell in set(missing)]
+    missing = {cell for cell in cells if not folder.has(cell)}
+    mine = [cell for cell in share_of(cells, len(bench.choices), cfg.shard, cfg.shards) if cell in missing]
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(cells)} cells, {len(cells) - len(missing)} are there already")
     about = known_of(cfg, bench)
@@ -216,10 +225,15 @@ def sweep(cfg: DictConfig) -> Path:
     for cell, wrong in run_cells(bench, mine, folder) if mine else ():
         failed |= {str(cell): wrong} if wrong else {}
         if (began := time.monotonic()) > due:
-            _report(out, cells, bench, about)
+            folder.check(bench, cells)
+            try:
+                _report(out, cells, bench, about)
+            except Exception as error:  # a disk that is full for a while, say: the cells that are left are worth having
+                logger.warning("the curve could not be drawn, which is tried again: %s", error)
             due = time.monotonic() + max(REPORT_EVERY, 10 * (time.monotonic() - began))
     drawn = None
     while (there := folder.there()) != drawn:  # of shards that end together the one that looked first may write last
+        folder.check(bench, cells)
         _report(out, cells, bench, about)
         drawn = there
     if failed:

@@ -24,6 +24,8 @@ from cpc.run import plain
 
 LEAST = {"lr": 0, "weight_decay": 0, "encoder_lr": 0, "neighbours": 1, "cells": 1}
 """The least that a setting may say."""
+WHOLE = ("neighbours", "cells")
+"""Settings that count something."""
 
 
 @dataclass
@@ -90,6 +92,7 @@ def check_asked(cfg: DictConfig) -> None:
     """Raise ValueError that names the first key whose value cannot be meant, before anything is read."""
     _check_arms(cfg)
     _check_numbers(cfg)
+    _check_images(cfg)
     _check_choices(cfg)
     asked = [RECIPES[name] for name in (*cfg.protocols, *cfg.random, *cfg.scratch)]
     for name, keys in {recipe.settings: recipe.in_a_setting for recipe in asked if recipe.settings}.items():
@@ -107,6 +110,8 @@ def _check_arms(cfg: DictConfig) -> None:
         unknown = [protocol for protocol in cfg[name] if protocol not in protocols_of(name)]
         if unknown:
             raise ValueError(f"{name}={unknown}: pass some of {', '.join(protocols_of(name))}")
+        if len(set(cfg[name])) < len(cfg[name]):
+            raise ValueError(f"{name}={list(cfg[name])}: pass each once")
     if not (cfg.protocols or cfg.random or cfg.scratch):
         raise ValueError("no arm asked for: pass protocols=, random= or scratch=, or leave them as they are")
     if not amounts_of(cfg) and not cfg.label_lists:
@@ -141,8 +146,21 @@ def _check_numbers(cfg: DictConfig) -> None:
     for name, length in cfg.steps.items():
         if not (1 <= length.least <= length.most and 0 <= length.passes < math.inf):
             raise ValueError(f"steps.{name}={dict(length)}: pass 1 <= least <= most, and passes of at least 0")
-    if not cfg.scratch_times >= 1:
+    if not 1 <= cfg.scratch_times < math.inf:
         raise ValueError(f"scratch_times={cfg.scratch_times}: pass at least 1, as many steps as both phases together")
+    if not 0 <= cfg.seed < 2**63:
+        raise ValueError(f"seed={cfg.seed}: pass a whole number from 0 to {2**63 - 1}")
+    if cfg.load_size is not None and cfg.load_size < 1:
+        raise ValueError(f"load_size={cfg.load_size}: pass at least 1, or null for what the runs were trained on")
+
+
+def _check_images(cfg: DictConfig) -> None:
+    """Frozen encoders and networks from scratch are fed alike: whatever is done to images, they do it themselves."""
+    if cfg.image_size != cfg.load_size:
+        raise ValueError(f"image_size={cfg.image_size}: images are as large as load_size says, leave it out")
+    for name, plain_value in {"mean": 0.0, "std": 1.0}.items():
+        if list(cfg[name]) != [plain_value] * 3:
+            raise ValueError(f"{name}={list(cfg[name])}: encoders normalise by themselves, leave it out")
 
 
 def _check_choices(cfg: DictConfig) -> None:
@@ -150,6 +168,8 @@ def _check_choices(cfg: DictConfig) -> None:
         raise ValueError(f"mode={cfg.mode}: pass one of {', '.join(MODES)}, or null")
     if cfg.readout not in ("grid", "context"):
         raise ValueError(f"readout={cfg.readout}: pass grid, or context for CPC's latents with their contexts")
+    if not (OmegaConf.is_dict(cfg.cnn) and cfg.cnn.get("_target_")):
+        raise ValueError(f"cnn={cfg.cnn}: pass scratch= without cnn, or cnn._target_=NAME")
     if cfg.precision == "fp16":
         raise ValueError("precision=fp16: pass precision=bf16 or precision=no")
 
@@ -162,8 +182,10 @@ def _check_settings(name: str, keys: Sequence[str], settings: Any) -> None:
         if not (OmegaConf.is_dict(setting) and setting.keys() == set(keys)):  # a shell may have eaten braces and commas
             raise ValueError(f"settings.{name} has {setting!r}: pass {shown} in quotes, one setting or more")
         for key, value in setting.items():
-            if not (isinstance(value, int | float) and value >= LEAST[key]):
-                raise ValueError(f"settings.{name} has {key}={value}: pass a number of at least {LEAST[key]}")
+            kind = int if key in WHOLE else int | float
+            if not (isinstance(value, kind) and LEAST[key] <= value < math.inf):
+                what = "whole number" if key in WHOLE else "number"
+                raise ValueError(f"settings.{name} has {key}={value}: pass a {what} of at least {LEAST[key]}")
 
 
 def amounts_of(cfg: DictConfig) -> list[LabelAmount]:

@@ -94,7 +94,8 @@ def test_first_runs_alone_save_what_no_other_run_has_a_part_in(benchmark, tmp_pa
     for result in [*results, known_cell("SimCLR", "linear", 10, curve[20])]:
         file = tmp_path / f"{result.method}-{result.repeat}" / result.protocol / f"{result.amount}-seed0.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(vars(result) | {"predictions": result.predictions.tolist()}))
+        written = vars(result) | {"predictions": result.predictions.tolist(), "shared": {}, "asked": {}}
+        file.write_text(json.dumps(written))
     (row,) = benchmark.savings_of_first_runs(tmp_path, TRUTH)
     assert (row["method"], row["labels"], row["saving"], row["runs"]) == ("CPC", 10, "2.0", 1)
 

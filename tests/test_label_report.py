@@ -71,7 +71,7 @@ def test_results_are_read_back_and_missing_files_are_none(tmp_path: Path):
     files = [tmp_path / "a.json", tmp_path / "not yet.json", tmp_path / "b.json"]
     for file, one in zip((files[0], files[2]), cells, strict=True):
         written = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
-        file.write_text(json.dumps({**written, "predictions": one.predictions.tolist(), "asked": {"seed": 1}}))
+        file.write_text(json.dumps({**written, "predictions": one.predictions.tolist(), "asked": {}, "shared": {}}))
     read = read_results(files)
     for one, other in zip(read, cells, strict=True):
         assert torch.equal(one.predictions, other.predictions)
@@ -193,7 +193,8 @@ def test_the_luck_of_a_single_run_is_told_by_the_cells_that_there_are(tmp_path: 
 def test_what_has_one_choice_of_labels_or_lacks_some_is_told(tmp_path: Path):
     results = [cell(SCRATCH, "cnn", 10, 8, seed=seed, draws=3) for seed in (0, 2)]
     results += [cell("CPC", "linear", 10, 20, seed=seed, draws=3) for seed in (0, 1, 2)]
-    results += [cell(*arm, labels, 24, draws=1) for arm in (("CPC", "linear"), (SCRATCH, "cnn")) for labels in (80, 40)]
+    arms = ("CPC", "linear"), (SCRATCH, "cnn")
+    results += [cell(*arm, labels, 24, draws=1) for arm in arms for labels in (80, 40, 1000)]  # the last are all
     assert told(tmp_path, results, "one choice") == [
         "one choice of labels at 40, 80: intervals leave its luck out; few=1 gives as many as elsewhere"
     ]
@@ -205,6 +206,7 @@ def test_what_has_one_choice_of_labels_or_lacks_some_is_told(tmp_path: Path):
         "measured",
         "CPC linear has 1 of 2 cells with 40 labels",
         "CPC linear has 1 of 2 cells with 80 labels",
+        "CPC linear has 1 of 2 cells with 1000 labels",
     ]
 
 
