@@ -40,10 +40,9 @@ from contrastive_core.methods.classifier import Classifier
 from cpc.encoder_card import classifier_card, known_architecture, read_card
 from cpc.entry import build, command, start_accelerator, warn_of_unread_keys
 from cpc.features import FrozenClassifier, load_classifier, load_head, read_encoder
-from cpc.foreign import run_data
 from cpc.mirroring import labelled_flip, run_crop_and_flip
 from cpc.pretrain import PretrainSchema, encoder_card
-from cpc.run import Pieces, as_written, check_recipe, plain, train_run
+from cpc.run import Pieces, as_written, check_recipe, plain, take_data_of_, train_run
 from cpc.two_phases import settle_grid_, two_phases
 
 LARGEST_CONFUSION = 100
@@ -90,8 +89,7 @@ def take_over_(cfg: DictConfig, run: str) -> None:
     fed = read_card(run)[1]["input"]
     cfg.image_size, cfg.load_size = fed["image_size"], fed.get("load_size") or fed["image_size"]
     cfg.mean, cfg.std = list(fed["mean"]), list(fed["std"])
-    if cfg.data is None:
-        cfg.data = {**run_data(run), "size": "${load_size}"}
+    take_data_of_(cfg, run)
     if cfg.augmentation.get("crop") is None:
         cfg.augmentation.crop = run_crop_and_flip(run)["crop"]
     if cfg.augmentation.get("flip") is None:

@@ -20,6 +20,10 @@ from cpc.label_recipes import asked_of, making_of
 from cpc.run_folder import differing_keys
 
 
+class CellsDiffer(ValueError):
+    """Cells of one folder that cannot stand in one curve."""
+
+
 @dataclass(frozen=True)
 class CellFolder:
     """The files of all cells below `path`, whichever command has made them."""
@@ -63,7 +67,7 @@ class CellFolder:
         return [each for each in said if each]  # one may be in the midst of being written
 
     def check(self, bench: Bench, cells: Sequence[Cell]) -> None:
-        """Raise ValueError where cells that are there cannot stand in one curve with those that are asked for.
+        """Raise CellsDiffer where cells that are there cannot stand in one curve with those that are asked for.
 
         A second command may add arms and label counts. What it may not: other images, other steps where networks are
         trained, in an arm that is there other settings or another readout, another encoder under the name of one that
@@ -82,6 +86,8 @@ class CellFolder:
         of_lists = {isinstance(amount, LabelList) for amount, _ in bench.choices}
         tried = {(arm.method, arm.protocol): len(what["settings"]) for arm, what in asked.items() if "steps" in what}
         for written in self._files():
+            if not written.is_file():  # someone has just removed it, to have it made again
+                continue
             result = read_cell(written)
             differing = differing_keys(shared, result["shared"])
             differing += ["number of test images"] if len(result["predictions"]) != len(bench.test) else []
@@ -100,11 +106,11 @@ class CellFolder:
                 differing.append(f"choice of {result['labels']} labels")
             if differing:
                 of = ", ".join(differing)
-                raise ValueError(f"{written} was made with another {of}: pass another out, or remove it")
+                raise CellsDiffer(f"{written} was made with another {of}: pass another out, or remove it")
             if of_lists != {result["amount"].startswith(f"{LISTED}=")}:
-                raise ValueError(f"{written}: lists of labels and draws make no common curve, pass another out")
+                raise CellsDiffer(f"{written}: lists of labels and draws make no common curve, pass another out")
             if name in arms and amount != result["amount"]:
-                raise ValueError(f"{written} has the labels of {amount}: pass {result['amount']}, or another out")
+                raise CellsDiffer(f"{written} has the labels of {amount}: pass {result['amount']}, or another out")
         check_trials(tried)
 
     def trained_from_scratch(self) -> Any:
@@ -122,7 +128,7 @@ class CellFolder:
 
 
 def check_trials(tried: Mapping[tuple[str, str], int]) -> None:
-    """Raise ValueError where a network from scratch has fewer settings to choose from than a pre-trained one.
+    """Raise CellsDiffer where a network from scratch has fewer settings to choose from than a pre-trained one.
 
     Args: `tried`: by method and protocol, of those that are trained, how many settings each has.
     """
@@ -131,7 +137,7 @@ def check_trials(tried: Mapping[tuple[str, str], int]) -> None:
     fewest = min(scratch, key=scratch.__getitem__, default=None)
     most = max(others, key=others.__getitem__, default=None)
     if fewest and most and scratch[fewest] < others[most]:
-        raise ValueError(
+        raise CellsDiffer(
             f"{' '.join(fewest)} has {scratch[fewest]} of settings.scratch to choose from, {' '.join(most)} has "
             f"{others[most]}: pass as many, and another out where cells are there already"
         )

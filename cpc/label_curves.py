@@ -76,7 +76,11 @@ def read_cell(file: Path) -> dict[str, Any]:
     written = read_json(file, largest=LARGEST_CELL)
     said = written if isinstance(written, dict) else {}
     wrong = [name for name, kind in _OF_A_CELL.items() if not isinstance(said.get(name), kind)]
-    wrong += ["predictions"] if not (wrong or all(type(each) is int for each in said["predictions"])) else []
+    if not wrong:
+        known = all(type(each) is int and -1 <= each < 2**31 for each in said["predictions"])
+        settings, steps = (said["asked"].get(name, kind()) for name, kind in (("settings", list), ("steps", dict)))
+        wrong = ["predictions"] * (not known)
+        wrong += ["asked"] * (not isinstance(settings, list) or not isinstance(steps, dict))
     if wrong:
         raise ValueError(f"{file} is no cell of a label sweep, for want of {wrong[0]}: remove it, and it is made again")
     return {**said, "predictions": torch.tensor(said["predictions"], dtype=torch.int64)}
@@ -132,10 +136,6 @@ class ArmCurve:
     def seeds(self, labels: int) -> list[int]:
         """The choices of labels of which some run has its result, in order."""
         return sorted(self.cells[labels])
-
-    def share(self, labels: int) -> float:
-        """Which share of all labels so many are."""
-        return next(one.fraction for of_seed in self.cells[labels].values() for one in of_seed.values())
 
     def planned(self, labels: int) -> int:
         """How many choices of labels there are to be."""

@@ -288,16 +288,12 @@ def _what_intervals_leave_out(curves: Curves) -> list[str]:
             said.append(
                 f"- one pre-training run of {method} {protocol} at {of_one} labels: intervals leave its luck out"
             )
-    single = {
-        labels
-        for curve in curves.values()
-        for labels in curve.cells
-        if curve.planned(labels) == 1 and curve.share(labels) < 1  # of all labels there is no other choice
-    }
+    single = {labels for curve in curves.values() for labels in curve.cells if curve.planned(labels) == 1}
     if single:
         counts = ", ".join(map(str, sorted(single)))
         said.append(
-            f"- one choice of labels at {counts}: intervals leave its luck out; few=1 gives as many as elsewhere"
+            f"- one choice of labels at {counts}: intervals leave its luck out; few=1 gives as many as elsewhere, "
+            "where these are not all labels"
         )
     for (method, protocol), curve in curves.items():
         for labels, of_seeds in sorted(curve.cells.items()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cpc.foreign import check_plain, run_config, run_data
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 USUAL_FLIP = 0.5
 """The probability with which images are mirrored where nobody says: that of every recipe of photographs."""
 
+_HOW_IT_IS_READ = {"size", "test", "cache", "index", "shards_at_a_time", "download"}
+"""Keys of data that change nothing of what the training images show."""
 _IF_LIKE_PHOTOGRAPHS = "pass augmentation.flip=0.5 where they may be, as photographs may"
 _IF_LIKE_LETTERS = "pass augmentation.flip=0 where left and right differ, as in letters"
 
@@ -35,17 +38,12 @@ def labelled_flip(data: Mapping[str, Any], runs: Sequence[str], views: Mapping[s
     said = [flip for run in runs if (flip := run_crop_and_flip(run)["flip"]) is not None]
     flip = min(said, default=None)
     if views_mirror(views) and is_main_process() and not any(_trained_on(data, run) for run in runs):
-        nobody = f"{runs[0]} was not" if len(runs) == 1 else "no run was"
-        if flip == 0:
-            logger.warning("%s trained on these images, which are not mirrored: %s", nobody, _IF_LIKE_PHOTOGRAPHS)
-        else:
-            usual = USUAL_FLIP if flip is None else flip
-            logger.warning(
-                "%s trained on these images, which are mirrored with a probability of %g: %s",
-                nobody,
-                usual,
-                _IF_LIKE_LETTERS,
-            )
+        nobody = f"{runs[0]} does not say" if len(runs) == 1 else "no run says"
+        usual = USUAL_FLIP if flip is None else flip
+        mirrored, hint = f"mirrored with a probability of {usual:g}", _IF_LIKE_LETTERS
+        if usual == 0:
+            mirrored, hint = "not mirrored", _IF_LIKE_PHOTOGRAPHS
+        logger.warning("%s that it was trained on these images, which are %s: %s", nobody, mirrored, hint)
     return flip
 
 
@@ -83,9 +81,17 @@ def _never_flips(views: Any) -> bool:
 
 
 def _trained_on(data: Mapping[str, Any], run: str) -> bool:
-    """Whether a run was trained on the training images of this data; not where it does not say."""
+    """Whether a run says that it was trained on the training images of this data."""
     try:
         theirs = run_data(run)
     except (FileNotFoundError, ValueError):
         return False
-    return not set(differing_keys(dict(data), theirs)) - {"size", "test", "cache"}
+    return not set(differing_keys(_located(data), _located(theirs))) - _HOW_IT_IS_READ
+
+
+def _located(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with paths that are there as they are from everywhere."""
+    return {
+        name: str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+        for name, value in data.items()
+    }

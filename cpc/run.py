@@ -36,6 +36,7 @@ from contrastive_core.trackers import check_trackers
 from contrastive_core.training import StepResult, train_steps
 from cpc.encoder_card import parts_card, parts_of
 from cpc.entry import build, build_schedule, check_complete, run_name, start_accelerator
+from cpc.foreign import run_data
 from cpc.frozen_encoder import FrozenEncoder
 from cpc.interruption import Stopped, StopRequest
 from cpc.run_folder import check_folder, checkpoint_to_resume, choose_run_dir, claimed, saved_checkpoints
@@ -60,6 +61,18 @@ class Pieces(NamedTuple):
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as dicts, lists and numbers, with all references resolved."""
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
+def take_data_of_(cfg: DictConfig, run: str) -> None:
+    """The data that a run was trained on, where `cfg.data` is null.
+
+    Raises ValueError for keys of data without a reader, and as `run_data` where the run says none that can be read.
+    """
+    if cfg.data is None:
+        cfg.data = {**run_data(run), "size": "${load_size}"}
+    elif "_target_" not in cfg.data:
+        given = ", ".join(f"data.{name}" for name in cfg.data)
+        raise ValueError(f"{given} of no data set: pass data=NAME beside it, as data=imagefolder")
 
 
 def as_written(cfg: DictConfig) -> dict[str, Any]:

@@ -42,10 +42,10 @@ from cpc.encoder_card import read_card
 from cpc.entry import Incomplete, build, check_complete, command, start_accelerator
 from cpc.evaluate import labelled
 from cpc.features import load_head
-from cpc.foreign import run_config, run_data
+from cpc.foreign import run_config
 from cpc.label_arms import arms_of, grouped_runs, has_patches, other_networks
 from cpc.label_bench import Bench, Cell, Plan
-from cpc.label_cells import CellFolder
+from cpc.label_cells import CellFolder, CellsDiffer
 from cpc.label_choices import Choices, check_classes, decodable_choices, drawn_choices, listed_choices
 from cpc.label_costs import duration, planned_seconds
 from cpc.label_curves import SCRATCH
@@ -62,7 +62,7 @@ from cpc.label_recipes import run_cell
 from cpc.label_report import write_failures, write_report
 from cpc.mirroring import labelled_flip
 from cpc.mistakes import wants_traceback
-from cpc.run import as_written, plain
+from cpc.run import as_written, plain, take_data_of_
 from cpc.run_folder import check_no_file
 from cpc.seen_images import seen_among
 from cpc.sweep_schema import SweepSchema, amounts_of, check_asked
@@ -81,11 +81,9 @@ def take_over_(cfg: DictConfig) -> None:
 
     Images are as large as any run's, and made smaller for those that were trained on smaller ones.
     """
-    first = str(cfg.runs[0])
     inputs = [read_card(str(run))[1]["input"] for run in cfg.runs]
     cfg.load_size = cfg.load_size or max(fed.get("load_size") or fed["image_size"] for fed in inputs)
-    if cfg.data is None:
-        cfg.data = {**run_data(first), "size": "${load_size}"}
+    take_data_of_(cfg, str(cfg.runs[0]))
     if cfg.augmentation.flip is None:
         cfg.augmentation.flip = labelled_flip(plain(cfg.data), list(cfg.runs), as_written(cfg.views))
     cfg.cnn = sized_cnn(plain(cfg.cnn), max(fed["image_size"] for fed in inputs))
@@ -95,8 +93,9 @@ def take_over_(cfg: DictConfig) -> None:
 def check_head_layer(cfg: DictConfig) -> None:
     """Raise ValueError where protocol head is asked for a layer that a run's head does not have."""
     for run in cfg.runs if "head" in cfg.protocols else ():
-        if read_card(str(run))[1].get("head"):
-            load_head(run).upto(cfg.head_layer)
+        head = read_card(str(run))[1].get("head")
+        if head and cfg.head_layer > (layers := len(load_head(run).layers)):
+            raise ValueError(f"head_layer={cfg.head_layer}: the head of {run} has {layers} layers, pass 0 to {layers}")
 
 
 def sized_cnn(node: dict[str, Any], image_size: int) -> dict[str, Any]:
@@ -225,15 +224,15 @@ def sweep(cfg: DictConfig) -> Path:
     for cell, wrong in run_cells(bench, mine, folder) if mine else ():
         failed |= {str(cell): wrong} if wrong else {}
         if (began := time.monotonic()) > due:
-            folder.check(bench, cells)
             try:
                 _report(out, cells, bench, about)
+            except CellsDiffer:  # with another command's, which began at the same time: more of them are of no use
+                raise
             except Exception as error:  # a disk that is full for a while, say: the cells that are left are worth having
                 logger.warning("the curve could not be drawn, which is tried again: %s", error)
             due = time.monotonic() + max(REPORT_EVERY, 10 * (time.monotonic() - began))
     drawn = None
     while (there := folder.there()) != drawn:  # of shards that end together the one that looked first may write last
-        folder.check(bench, cells)
         _report(out, cells, bench, about)
         drawn = there
     if failed:
@@ -244,6 +243,7 @@ def sweep(cfg: DictConfig) -> Path:
 def _report(out: Path, cells: Sequence[Cell], bench: Bench, about: dict[str, Any]) -> None:
     """Of all cells in the folder, other commands' and other shards' too."""
     folder = CellFolder(out / "cells")
+    folder.check(bench, cells)
     results = folder.results()
     if not results:
         write_failures(out, folder.failures())

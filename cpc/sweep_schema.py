@@ -161,6 +161,9 @@ def _check_images(cfg: DictConfig) -> None:
     for name, plain_value in {"mean": 0.0, "std": 1.0}.items():
         if list(cfg[name]) != [plain_value] * 3:
             raise ValueError(f"{name}={list(cfg[name])}: encoders normalise by themselves, leave it out")
+    for name in ("image_size", "mean", "std"):
+        if cfg.views.get(name, cfg[name]) != cfg[name]:
+            raise ValueError(f"views.{name}={cfg.views[name]}: frozen encoders see no views, leave it out")
 
 
 def _check_choices(cfg: DictConfig) -> None:
@@ -169,7 +172,7 @@ def _check_choices(cfg: DictConfig) -> None:
     if cfg.readout not in ("grid", "context"):
         raise ValueError(f"readout={cfg.readout}: pass grid, or context for CPC's latents with their contexts")
     if not (OmegaConf.is_dict(cfg.cnn) and cfg.cnn.get("_target_")):
-        raise ValueError(f"cnn={cfg.cnn}: pass scratch= without cnn, or cnn._target_=NAME")
+        raise ValueError(f"cnn={cfg.cnn}: pass cnn._target_=NAME, or leave it out")
     if cfg.precision == "fp16":
         raise ValueError("precision=fp16: pass precision=bf16 or precision=no")
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import lzma
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from label_cells import TRUTH
 from label_cells import cell as known_cell
 
-from contrastive_core.evaluate.label_saving import filled_in
-from cpc.label_curves import SCRATCH
+import cpc.label_curves
+from contrastive_core.evaluate.label_saving import filled_in, saving_interval
+from cpc.label_curves import BEST, SCRATCH
+from cpc.label_report import saving_row
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -118,6 +121,28 @@ def test_recorded_results_are_of_the_recorded_cells(name):
             accuracies[runs.index(cell["repeat"]), draws.index(cell["seed"])] = cell["accuracy"]
         assert len(cells) == row["cells"]
         assert filled_in(accuracies).mean().item() == pytest.approx(row["accuracy"])
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "caltech101"])
+def test_recorded_savings_are_of_the_recorded_cells(benchmark, tmp_path, monkeypatch, name):
+    """Their points; their intervals take minutes. What was right is all that they are made of, whatever the classes."""
+    monkeypatch.setattr(cpc.label_curves, "saving_interval", partial(saving_interval, resamples=1))
+    recorded = BENCHMARKS / "label_efficiency"
+    table = json.loads((recorded / f"{name}.json").read_text())
+    benchmark.RESULTS = recorded
+    any_class = torch.zeros(table["test_images"], dtype=torch.int64)
+    benchmark.unpack_cells(name, tmp_path, any_class, only="")
+    results = cpc.label_curves.read_results(sorted(tmp_path.glob("*/*/*.json")))
+
+    def points(rows):
+        return {
+            (row["method"], row["protocol"], row["labels"]): row["saving"] for row in rows if row["against"] == BEST
+        }
+
+    savings = cpc.label_curves.savings_of(cpc.label_curves.curves_of(results), any_class)
+    assert points(table["savings"]) == points(map(saving_row, savings))
+    first = points(benchmark.savings_of_first_runs(tmp_path, any_class))
+    assert points(table["savings_of_first_runs"]) == first != {}
 
 
 def listed(part, key):

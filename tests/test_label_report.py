@@ -194,9 +194,10 @@ def test_what_has_one_choice_of_labels_or_lacks_some_is_told(tmp_path: Path):
     results = [cell(SCRATCH, "cnn", 10, 8, seed=seed, draws=3) for seed in (0, 2)]
     results += [cell("CPC", "linear", 10, 20, seed=seed, draws=3) for seed in (0, 1, 2)]
     arms = ("CPC", "linear"), (SCRATCH, "cnn")
-    results += [cell(*arm, labels, 24, draws=1) for arm in arms for labels in (80, 40, 1000)]  # the last are all
+    results += [cell(*arm, labels, 24, draws=1) for arm in arms for labels in (80, 40)]
     assert told(tmp_path, results, "one choice") == [
-        "one choice of labels at 40, 80: intervals leave its luck out; few=1 gives as many as elsewhere"
+        "one choice of labels at 40, 80: intervals leave its luck out; few=1 gives as many as elsewhere, where "
+        "these are not all labels"
     ]
     assert told(tmp_path, results, "scratch") == ["scratch cnn has 2 of 3 cells with 10 labels"]
     assert told(tmp_path, results, "CPC") == []
@@ -206,7 +207,6 @@ def test_what_has_one_choice_of_labels_or_lacks_some_is_told(tmp_path: Path):
         "measured",
         "CPC linear has 1 of 2 cells with 40 labels",
         "CPC linear has 1 of 2 cells with 80 labels",
-        "CPC linear has 1 of 2 cells with 1000 labels",
     ]
 
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from small_digits import small_digits
 
+import cpc.label_cells
 import cpc.label_costs
 import cpc.sweep_labels
 from contrastive_core.data import (
@@ -697,19 +698,25 @@ def test_another_command_that_began_at_the_same_time_is_noticed_before_anything_
 
 
 def test_a_curve_that_cannot_be_drawn_for_a_while_costs_no_cell(configured, tmp_path, monkeypatch, caplog):
-    write, failures = cpc.sweep_labels.write_report, [OSError("no space left on device")] * 2
+    write, read, failures = cpc.sweep_labels.write_report, cpc.label_cells.read_cell, []
 
-    def on_a_full_disk(*report):
-        if failures:
-            raise failures.pop()
-        write(*report)
+    def while_it_lasts(does):
+        def done(*asked):
+            if failures and failures[-1][0] is does:
+                raise OSError(failures.pop()[1])
+            return does(*asked)
+
+        return done
 
     monkeypatch.setattr(cpc.sweep_labels, "REPORT_EVERY", -1)
-    monkeypatch.setattr(cpc.sweep_labels, "write_report", on_a_full_disk)
+    monkeypatch.setattr(cpc.sweep_labels, "write_report", while_it_lasts(write))
+    monkeypatch.setattr(cpc.label_cells, "read_cell", while_it_lasts(read))
+    failures += [(write, "no space left on device"), (read, "stale file handle")]
     sweep(configured(*QUICK))
-    assert caplog.text.count("the curve could not be drawn, which is tried again: no space left on device") == 2
+    for what in ("no space left on device", "stale file handle"):
+        assert caplog.text.count(f"the curve could not be drawn, which is tried again: {what}") == 1
     assert "8 of 8 cells" in (tmp_path / "out/report.md").read_text()
-    failures.append(OSError("no space left on device"))
+    failures.append((write, "no space left on device"))
     with pytest.raises(OSError, match="no space left"):
         sweep(configured(*QUICK))
 
@@ -724,6 +731,8 @@ def test_a_curve_that_cannot_be_drawn_for_a_while_costs_no_cell(configured, tmp_
         ({"shared": 3}, "is no cell of a label sweep, for want of shared"),
         ({"draws": None}, "is no cell of a label sweep, for want of draws"),
         ({"predictions": None}, "is no cell of a label sweep, for want of predictions"),
+        ({"predictions": [2**70]}, "is no cell of a label sweep, for want of predictions"),
+        ({"asked": {"settings": 3}}, "is no cell of a label sweep, for want of asked"),
         ({"predictions": [1.5]}, "is no cell of a label sweep, for want of predictions"),
         ({"predictions": [1]}, "was made with another number of test images: pass another out, or remove it"),
     ],
@@ -939,9 +948,11 @@ def test_the_same_cell_twice_is_the_same_and_another_seed_is_not(bench, runs):
         (["labels=[20]", "mean=[0.5,0.5,0.5]"], r"mean=\[0.5, 0.5, 0.5\]: encoders normalise by themselves, leave"),
         (["labels=[20]", "std=[1]"], r"std=\[1.0\]: encoders normalise by themselves, leave it out"),
         (["labels=[20]", "image_size=14"], "image_size=14: images are as large as load_size says, leave it out"),
+        (["labels=[20]", "views.std=[0.2,0.2,0.2]"], r"views.std=\[0.2, 0.2, 0.2\]: frozen encoders see no views"),
+        (["labels=[20]", "views.image_size=14"], "views.image_size=14: frozen encoders see no views, leave it out"),
         (["labels=[20]", "load_size=0"], "load_size=0: pass at least 1"),
         (["labels=[20]", "seed=-1"], "seed=-1: pass a whole number from 0"),
-        (["labels=[20]", "cnn=null"], "cnn=None: pass scratch= without cnn, or cnn._target_=NAME"),
+        (["labels=[20]", "cnn=null"], "cnn=None: pass cnn._target_=NAME, or leave it out"),
         (["labels=[20]", "protocols=[linear,linear]"], r"protocols=\['linear', 'linear'\]: pass each once"),
         (
             ["labels=[20]", "settings.scratch=[{lr:-1,weight_decay:0}]"],
@@ -1020,7 +1031,7 @@ def test_two_runs_of_one_seed_are_no_repeats(runs, tmp_path):
 
 
 def test_a_layer_that_the_head_does_not_have(configured, tmp_path):
-    with pytest.raises(ValueError, match="the head has 2 layers, got layer 9: pass"):
+    with pytest.raises(ValueError, match=r"head_layer=9: the head of .*simclr has 2 layers, pass 0 to 2"):
         sweep(configured("labels=[20]", "protocols=[head]", "head_layer=9", use=slice(2, 3)))
     assert not (tmp_path / "out").exists()
 
