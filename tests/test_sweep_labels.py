@@ -481,6 +481,8 @@ def test_images_are_as_large_as_any_runs(runs, tmp_path):
     card = json.loads((larger / "encoder.json").read_text())
     card["input"] |= {"load_size": 96, "image_size": 96}
     (larger / "encoder.json").write_text(json.dumps(card))
+    config = yaml.safe_load((larger / "config.yaml").read_text()) | {"load_size": 96, "image_size": 96}
+    (larger / "config.yaml").write_text(yaml.safe_dump(config))
     for both in ([str(runs[0]), str(larger)], [str(larger), str(runs[0])]):
         cfg = composed(
             "sweep_labels", f"runs=[{','.join(both)}]", "out=x", "labels=[20]", "scratch=[cnn,image,patches]"
