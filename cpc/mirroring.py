@@ -56,17 +56,26 @@ def views_mirror(views: Mapping[str, Any]) -> bool:
 
 
 def run_crop_and_flip(run: str) -> dict[str, Any]:
-    """A run's own range of crops and probability of flips, each None where it does not say.
-
-    A run that flipped nothing has a probability of 0: its images may have a handedness.
+    """A run's own range of crops and probability of flips, as `crop_and_flip` of what it was asked for.
 
     Raises ValueError where what it says is neither numbers nor a list of these.
     """
     written, before = run_config(run)
-    theirs = before.get("augmentation")
-    own = {name: theirs.get(name) if isinstance(theirs, dict) else None for name in ("crop", "flip")}
+    own = crop_and_flip(before)
     check_plain(own, written)
-    if own["flip"] is None and _never_flips(before.get("views")):
+    return own
+
+
+def crop_and_flip(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The range of crops and the probability of flips of a run's configuration, each None where it does not say.
+
+    What flips nothing has a probability of 0: its images may have a handedness.
+
+    Example: {"augmentation": {"flip": 0.1}} gives {"crop": None, "flip": 0.1}.
+    """
+    theirs = config.get("augmentation")
+    own = {name: theirs.get(name) if isinstance(theirs, dict) else None for name in ("crop", "flip")}
+    if own["flip"] is None and _never_flips(config.get("views")):
         own["flip"] = 0.0
     return own
 

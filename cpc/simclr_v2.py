@@ -36,6 +36,7 @@ from cpc.finetune import (
     labelled_test,
     let_classifier_decay_,
 )
+from cpc.mirroring import crop_and_flip
 from cpc.pretrain import build_method, pretrain
 from cpc.run import as_written, check_numbers
 from cpc.run_folder import check_folder, claimed, may_change
@@ -163,6 +164,9 @@ def steps_of(cfg: DictConfig, choices: Mapping[str, str]) -> list[Step]:
         scratch.encoder, scratch.run_dir = first.encoder, str(out / "supervised")
         for name in ("load_size", "image_size", "mean", "std", "norm"):
             scratch[name] = first[name]
+        for name, value in crop_and_flip(as_written(first)).items():  # as fine-tuning takes them from pre-training
+            if scratch.augmentation.get(name) is None:
+                scratch.augmentation[name] = value
         steps.append(Step("supervised", finetune, scratch, "test.json"))
     for step in steps[1:]:
         tool = "distill" if step.job is distill else "finetune"

@@ -346,6 +346,18 @@ def test_a_step_may_have_data_of_its_own(tmp_path):
     }
 
 
+def test_from_scratch_images_are_cropped_and_mirrored_as_in_fine_tuning():
+    """Which takes it from pre-training; what is said of fine-tuning itself goes before."""
+    overrides = ["out=x", "labels=20", "data=parquet", "data.train=a", "data.test=b", "supervised=true"]
+    overrides += ["pretrain.augmentation.flip=0", "pretrain.augmentation.crop=[0.5,1.0]"]
+    for more, crop in (([], [0.5, 1.0]), (["finetune.augmentation.crop=[0.2,1.0]"], [0.2, 1.0])):
+        with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
+            cfg = hydra.compose("simclr_v2", [*overrides, *more])
+            steps = steps_of(cfg, {"data": "parquet", "encoder": "resnet_small"})
+        scratch = next(step.cfg for step in steps if step.name == "supervised")
+        assert (list(scratch.augmentation.crop), scratch.augmentation.flip) == (crop, 0)
+
+
 @pytest.mark.parametrize(
     ("given", "seen"),
     [
