@@ -31,7 +31,9 @@ def labelled_flip(data: Mapping[str, Any], runs: Sequence[str], views: Mapping[s
 
     Of images that no run was trained on it is a guess, which the log tells where the views mirror at all.
 
-    Args: `data`, `views`: as a configuration writes them.
+    Args: `data`, `views`: as a configuration writes them. `runs`: folders.
+
+    Raises ValueError where a run's probability is no number.
     """
     if data["_target_"] == "contrastive_core.data.mnist5k":
         return 0.0
@@ -48,9 +50,9 @@ def labelled_flip(data: Mapping[str, Any], runs: Sequence[str], views: Mapping[s
 
 
 def views_mirror(views: Mapping[str, Any]) -> bool:
-    """Whether views for learning from labels, of which there is one, have a probability of mirroring.
+    """Whether views for learning from labels, of which there is one, have a probability of mirroring, None among them.
 
-    Example: {"pipelines": [{"flip": null}]} have, if it is null.
+    Example: {"pipelines": [{"flip": None}]} have one, {"pipelines": [{"size": 28}]} have none.
     """
     return "flip" in (views.get("pipelines") or [{}])[0]
 

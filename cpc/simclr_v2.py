@@ -253,10 +253,8 @@ def simclr_v2(cfg: DictConfig) -> Path:
     accelerator = start_accelerator(
         precision=cfg.precision, device=cfg.device, threads=cfg.threads, timeout=cfg.timeout
     )
-    out, config = Path(cfg.out), as_written(cfg)
-    assert isinstance(config, dict)
-    del config["out"]  # however the folder is called from where one stands
-    asked: dict[str, Any] = {str(key): value for key, value in config.items()}
+    out, asked = Path(cfg.out), as_written(cfg)
+    del asked["out"]  # however the folder is called from where one stands
     may_differ = undecided_keys(out)
     check_folder(out, asked, resume=True, may_differ=may_differ)  # another command's folder is refused
     with claimed(out, asked, accelerator, resume=True, saved=[], may_differ=may_differ):
